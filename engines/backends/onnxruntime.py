@@ -1,0 +1,250 @@
+"""ONNX Runtime: both graphs, and KV caches that are updated where they lie.
+
+The caches are allocated once, at the capacity of their segment, and bound both as input and as output of ``language.onnx``, so that
+``TensorScatter`` writes into them and nothing copies them. No other module knows that they exist.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import EngineError
+from ..manifest import Engine, Graph
+
+__all__ = ["MINIMUM_VERSION", "OnnxRuntimeBackend", "check_version"]
+
+# Older runtimes align causal attention at the top left when the cache is longer than the query: they would answer, and wrongly
+# (onnxruntime pull request 28958).
+MINIMUM_VERSION = (1, 32)
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# Its blocked layout is for convolutions, which our graphs have none of, and in 1.32.0 it dies of a segmentation fault on some graphs.
+DISABLED_OPTIMIZERS = ["NchwcTransformer"]
+CACHE_INPUT = "past_key_values.{layer}.{kind}"
+CACHE_OUTPUT = "present.{layer}.{kind}"
+CACHE_KINDS = ("key", "value")
+VISION_INPUTS = frozenset({"pixel_values", "entropy", "budget_tokens"})
+LANGUAGE_INPUTS = frozenset(
+    {"input_ids", "position_ids", "visual_embeds", "visual_positions", "importance", "budget_tokens", "past_lengths"}
+)  # beside the caches
+
+
+class OnnxRuntimeBackend:
+    """The graphs of one engine, loaded for one request at a time.
+
+    Args:
+        engine: checked engine directory.
+        provider: ``cpu`` or ``cuda``; None takes CUDA where the installed runtime has it.
+        threads: of each operator; None leaves it to the runtime.
+
+    Raises:
+        EngineError: no runtime, one that is too old or lacks the provider, or graphs that it cannot load.
+    """
+
+    def __init__(self, engine: Engine, *, provider: str | None = None, threads: int | None = None) -> None:
+        runtime = _import_runtime()
+        self.provider = _choose_provider(provider, runtime.get_available_providers())
+        self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
+        self._runtime = runtime
+        self._failures = _failures()
+        self._vision_inputs = frozenset(engine.vision.input_names)
+        self._language_inputs = frozenset(engine.language.input_names)
+        _check_inputs(engine.vision, VISION_INPUTS)
+        _check_inputs(engine.language, LANGUAGE_INPUTS | _cache_names(CACHE_INPUT, engine.shape.decoder.layers))
+        options = _session_options(runtime, threads)
+        self._vision = self._load(engine, engine.vision, options, provider)
+        self._language = self._load(engine, engine.language, options, provider)
+        self._caches = self._allocate_caches(engine)
+        self._logits = np.zeros((1, engine.shape.decoder.vocab_size), np.float32)
+        self._last_hidden = np.zeros((1, engine.shape.decoder.hidden_size), self.dtype)
+        self._binding = self._bind()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV caches, read off the buffers themselves."""
+        return sum(int(value.tensor_size_in_bytes()) for value in self._caches.values())
+
+    def cache_array(self, layer: int, kind: str) -> NDArray[Any]:
+        """A copy of one layer's ``key`` or ``value`` cache, T [1, kv_heads, capacity, head_dim]; for tests and reports."""
+        array: NDArray[Any] = self._caches[CACHE_INPUT.format(layer=layer, kind=kind)].numpy().copy()
+        return array
+
+    def cache_pointers(self) -> dict[str, int]:
+        """Address of each cache by input name; it never changes."""
+        return {name: int(value.data_ptr()) for name, value in self._caches.items()}
+
+    def clear_caches(self) -> None:
+        """Overwrite the caches with zeros: masked positions must hold finite numbers, since 0 · NaN is NaN."""
+        for value in self._caches.values():
+            value.update_inplace(np.zeros(value.shape(), self.dtype))
+
+    def vision(
+        self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
+    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
+        """Run the vision graph on one image.
+
+        Args:
+            pixel_values: float32 [rows, columns, G, patch_dim].
+            entropy: float32 [rows, columns, G], bits.
+            budget: N, original visual tokens from which the stages' ratios are counted.
+
+        Returns:
+            ``visual_embeds`` T [M, hidden_size], ``importance`` float32 [M], ``index`` int64 [M].
+
+        Raises:
+            EngineError: the runtime failed, out of memory for instance.
+        """
+        feed = {"pixel_values": pixel_values.astype(self.dtype, copy=False), "entropy": entropy, "budget_tokens": np.zeros(budget, np.int32)}
+        try:
+            outputs = self._vision.run(
+                ["visual_embeds", "importance", "index"], {name: value for name, value in feed.items() if name in self._vision_inputs}
+            )
+        except self._failures as error:
+            raise EngineError(f"vision graph failed on an image of {budget} visual tokens: {_first_line(error)}; try a smaller image") from error
+        return outputs[0], outputs[1], outputs[2]
+
+    def language(
+        self,
+        *,
+        input_ids: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        visual_embeds: NDArray[Any],
+        visual_positions: NDArray[np.int64],
+        importance: NDArray[np.float32],
+        budget: int,
+        past_lengths: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Run the language graph on tokens that follow those in the caches, and add them to the caches.
+
+        Args:
+            input_ids: int64 [1, S].
+            position_ids: int64 [3, 1, S].
+            visual_embeds: T [V, hidden_size].
+            visual_positions: int64 [V].
+            importance: float32 [V].
+            budget: N over all images, 0 without any.
+            past_lengths: int64 [1, segments].
+
+        Returns:
+            ``logits`` float32 [vocab_size] and ``last_hidden`` T [hidden_size] of the last token, both copies.
+
+        Raises:
+            EngineError: the runtime failed, out of memory for instance.
+        """
+        feed = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "visual_embeds": visual_embeds.astype(self.dtype, copy=False),
+            "visual_positions": visual_positions,
+            "importance": importance,
+            "budget_tokens": np.zeros(budget, np.int32),
+            "past_lengths": past_lengths,
+        }
+        feed = {name: np.ascontiguousarray(value) for name, value in feed.items() if name in self._language_inputs}
+        for name, value in feed.items():  # `feed` must outlive the run: the binding holds addresses
+            self._binding.bind_cpu_input(name, value)
+        try:
+            self._language.run_with_iobinding(self._binding)
+        except self._failures as error:
+            raise EngineError(f"language graph failed on {input_ids.shape[1]} tokens: {_first_line(error)}; try a shorter request") from error
+        return self._logits[0].copy(), self._last_hidden[0].copy()
+
+    def _load(self, engine: Engine, graph: Graph, options: Any, provider: str | None) -> Any:
+        path = engine.path / graph.file
+        name = PROVIDERS[self.provider]
+        providers = [name] if self.provider == "cpu" else [name, PROVIDERS["cpu"]]
+        try:
+            session = self._runtime.InferenceSession(str(path), options, providers=providers, disabled_optimizers=DISABLED_OPTIMIZERS)
+        except self._failures as error:
+            raise EngineError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}); build the engine again") from error
+        if name not in session.get_providers():
+            if provider is not None:
+                raise EngineError(f"ONNX Runtime cannot start provider {provider!r} on this machine (its log says why); use provider 'cpu'")
+            self.provider = "cpu"
+        return session
+
+    def _allocate_caches(self, engine: Engine) -> dict[str, Any]:
+        decoder = engine.shape.decoder
+        caches = {}
+        for segment in engine.segments:
+            for layer in range(segment.first_layer, segment.end_layer):
+                for kind in CACHE_KINDS:
+                    zeros = np.zeros((1, decoder.kv_heads, segment.capacity, decoder.head_dim), self.dtype)
+                    caches[CACHE_INPUT.format(layer=layer, kind=kind)] = self._runtime.OrtValue.ortvalue_from_numpy(zeros, self.provider, 0)
+        return caches
+
+    def _bind(self) -> Any:
+        """Bind what stays: the caches, on both sides, and the buffers of the two results."""
+        binding = self._language.io_binding()
+        for name, value in self._caches.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        for name, buffer in (("logits", self._logits), ("last_hidden", self._last_hidden)):
+            binding.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+        return binding
+
+
+def check_version(version: str) -> None:
+    """Refuse an ONNX Runtime that would compute something else.
+
+    Raises:
+        EngineError: older than ``MINIMUM_VERSION``.
+    """
+    least = ".".join(map(str, MINIMUM_VERSION))
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < MINIMUM_VERSION:
+        raise EngineError(f"onnxruntime {version} aligns causal attention differently and would answer wrongly; pip install 'onnxruntime>={least}'")
+
+
+def _import_runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        least = ".".join(map(str, MINIMUM_VERSION))
+        raise EngineError(f"onnxruntime is missing; pip install 'onnxruntime>={least}' (or onnxruntime-gpu for CUDA)") from None
+    check_version(onnxruntime.__version__)
+    return onnxruntime
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What ONNX Runtime raises; its classes have no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException")
+    return (RuntimeError, *(getattr(state, name) for name in names))
+
+
+def _choose_provider(provider: str | None, available: list[str]) -> str:
+    if provider is None:
+        return "cuda" if PROVIDERS["cuda"] in available else "cpu"
+    if provider not in PROVIDERS:
+        raise EngineError(f"provider must be one of {', '.join(PROVIDERS)}, got {provider!r}")
+    if PROVIDERS[provider] not in available:
+        raise EngineError(f"the installed onnxruntime has no provider {provider!r}; pip install onnxruntime-gpu, or use provider 'cpu'")
+    return provider
+
+
+def _session_options(runtime: Any, threads: int | None) -> Any:
+    options = runtime.SessionOptions()
+    if threads is not None:
+        if threads < 1:
+            raise EngineError(f"threads must be at least 1, got {threads}")
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _cache_names(pattern: str, layers: int) -> frozenset[str]:
+    return frozenset(pattern.format(layer=layer, kind=kind) for layer in range(layers) for kind in CACHE_KINDS)
+
+
+def _check_inputs(graph: Graph, known: frozenset[str]) -> None:
+    unknown = sorted(set(graph.input_names) - known)
+    if unknown:
+        raise EngineError(f"{graph.file} wants input {unknown[0]!r}, which this vflow-export does not know; use the version that built the engine")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,339 @@
+"""``manifest.json`` as typed data: what a runtime needs to know about an engine, checked field by field.
+
+The keys are those of docs/architecture.md, "The engine directory". Nothing here touches a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal, TypeVar
+
+from ..exporter.schedule import Schedule, ScheduleError, keep_count
+from ..exporter.shape import DecoderShape, ModelShape, TowerShape
+from .errors import EngineError
+from .preprocess import ImageProcessorConfig
+
+__all__ = [
+    "FAMILIES",
+    "MANIFEST_FORMAT",
+    "PRECISIONS",
+    "Engine",
+    "FileEntry",
+    "Graph",
+    "Limits",
+    "Segment",
+    "TensorInfo",
+    "TokenIds",
+    "kv_segments",
+    "parse_manifest",
+]
+
+MANIFEST_FORMAT = 1
+FAMILIES = ("qwen2_vl",)
+PRECISIONS = ("fp32", "fp16")
+GRAPHS = ("vision", "language")
+TOKENIZER_FILE = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+SHA256_DIGITS = 64
+
+Precision = Literal["fp32", "fp16"]
+Sizes = TypeVar("Sizes", TowerShape, DecoderShape)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may hold: original visual tokens of all its images, and text tokens of prompt and answer."""
+
+    max_visual_tokens: int
+    max_text_tokens: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of decoder layers [first_layer, end_layer) between two stages; its KV caches have one length.
+
+    ``keep`` of 1024 visual tokens are alive in it. Its caches hold ``capacity`` tokens, of which ``visual_capacity`` are for visual ones.
+    """
+
+    first_layer: int
+    end_layer: int
+    keep: int
+    visual_capacity: int
+    capacity: int
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return self.end_layer - self.first_layer
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Token ids that structure a prompt, and those that end an answer."""
+
+    image: int
+    vision_start: int
+    vision_end: int
+    stop: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One graph input or output; a dimension is a size or a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file of the engine, and what goes in and comes out."""
+
+    file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in graph order."""
+        return tuple(tensor.name for tensor in self.inputs)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Checksum (lower-case hexadecimal) and size in bytes of one file."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine directory whose manifest has been checked; ``path`` is its folder."""
+
+    path: Path
+    family: str
+    model_name: str
+    model_fingerprint: str
+    precision: Precision
+    shape: ModelShape
+    schedule: Schedule
+    limits: Limits
+    segments: tuple[Segment, ...]
+    tokens: TokenIds
+    image_processor: ImageProcessorConfig
+    vision: Graph
+    language: Graph
+    files: Mapping[str, FileEntry]
+    environment: Mapping[str, Any]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The checkpoint's tokenizer."""
+        return self.path / TOKENIZER_FILE
+
+    @property
+    def chat_template_path(self) -> Path:
+        """The checkpoint's chat template."""
+        return self.path / CHAT_TEMPLATE_FILE
+
+
+def kv_segments(schedule: Schedule, layers: int, *, max_visual_tokens: int, max_text_tokens: int) -> tuple[Segment, ...]:
+    """The decoder's segments and their KV capacities, in tokens.
+
+    With several images the survivors are rounded up image by image, so the first segment can hold up to images − 1 visual tokens more
+    than ``visual_capacity``. They take from the room for text; the session checks that at run time.
+    """
+    segments = []
+    for first_layer, end_layer, keep in schedule.decoder_segments(layers):
+        visual_capacity = keep_count(max_visual_tokens, keep)
+        segments.append(Segment(first_layer, end_layer, keep, visual_capacity, visual_capacity + max_text_tokens))
+    return tuple(segments)
+
+
+def parse_manifest(values: Any, path: Path) -> Engine:
+    """Check a manifest and give it types; ``path`` is the engine's folder, which is not looked at.
+
+    Raises:
+        EngineError: a newer format, an unknown family or precision, a field that is missing, of the wrong type or out of range, or
+            fields that contradict each other. The message names the field.
+    """
+    if not isinstance(values, Mapping):
+        raise EngineError("must be a JSON object")
+    version = _field(values, "format", int)
+    if version != MANIFEST_FORMAT:
+        age = "newer" if version > MANIFEST_FORMAT else "older"
+        raise EngineError(f"format {version} is {age} than the one that this vflow-export reads ({MANIFEST_FORMAT}); use the version that wrote it")
+    precision: Precision = _choice(values, "precision", PRECISIONS)
+    model = _field(values, "model", Mapping)
+    graphs = _field(values, "graphs", Mapping)
+    files = _files(_field(values, "files", Mapping))
+    engine = Engine(
+        path=path,
+        family=_choice(values, "family", FAMILIES),
+        model_name=_field(model, "name", str, "model."),
+        model_fingerprint=_field(model, "fingerprint", str, "model."),
+        precision=precision,
+        shape=_shape(_field(values, "shape", Mapping)),
+        schedule=_schedule(_field(values, "schedule", Mapping)),
+        limits=_limits(_field(values, "limits", Mapping)),
+        segments=_segments(_field(values, "segments", list)),
+        tokens=_tokens(_field(values, "tokens", Mapping)),
+        image_processor=_image_processor(_field(values, "image_processor", Mapping)),
+        vision=_graph(graphs, "vision"),
+        language=_graph(graphs, "language"),
+        files=files,
+        environment=_field(values, "environment", Mapping),
+    )
+    _check_consistency(engine)
+    return engine
+
+
+def _check_consistency(engine: Engine) -> None:
+    """Fields that must agree: a manifest edited by hand or damaged in one place is caught here."""
+    try:
+        engine.schedule.check(engine.shape, fingerprint=engine.model_fingerprint)
+    except ScheduleError as error:
+        raise EngineError(f"schedule: {error}") from None
+    limits = engine.limits
+    needed = kv_segments(
+        engine.schedule,
+        engine.shape.decoder.layers,
+        max_visual_tokens=limits.max_visual_tokens,
+        max_text_tokens=limits.max_text_tokens,
+    )
+    if [(s.first_layer, s.end_layer, s.keep) for s in engine.segments] != [(s.first_layer, s.end_layer, s.keep) for s in needed]:
+        raise EngineError("segments do not follow from schedule and shape")
+    for segment, least in zip(engine.segments, needed, strict=True):
+        # At least: a backend may round capacities up.
+        if segment.visual_capacity < least.visual_capacity or segment.capacity < segment.visual_capacity + limits.max_text_tokens:
+            raise EngineError(f"segment of layers {segment.first_layer}..{segment.end_layer - 1} is smaller than limits ask for")
+    if engine.image_processor.merge_size != engine.shape.tower.merge_size:
+        raise EngineError("image_processor.merge_size differs from shape.tower.merge_size")
+    for name in (engine.vision.file, engine.language.file, TOKENIZER_FILE, CHAT_TEMPLATE_FILE):
+        if name not in engine.files:
+            raise EngineError(f"files does not list {name}")
+
+
+def _field(values: Mapping[str, Any], key: str, kind: type, where: str = "") -> Any:
+    if key not in values:
+        raise EngineError(f"field {where}{key} is missing")
+    value = values[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        names: dict[type, str] = {int: "a whole number", str: "a string", list: "a list", Mapping: "an object"}
+        raise EngineError(f"field {where}{key} must be {names[kind]}, got {value!r:.60}")
+    return value
+
+
+def _positive(values: Mapping[str, Any], key: str, where: str) -> int:
+    value: int = _field(values, key, int, where)
+    if value < 1:
+        raise EngineError(f"field {where}{key} must be at least 1, got {value}")
+    return value
+
+
+def _count(values: Mapping[str, Any], key: str, where: str) -> int:
+    value: int = _field(values, key, int, where)
+    if value < 0:
+        raise EngineError(f"field {where}{key} must be at least 0, got {value}")
+    return value
+
+
+def _choice(values: Mapping[str, Any], key: str, known: tuple[str, ...]) -> Any:
+    value = _field(values, key, str)
+    if value not in known:
+        raise EngineError(f"{key} {value!r} is not known (known: {', '.join(known)})")
+    return value
+
+
+def _sizes(kind: type[Sizes], values: Mapping[str, Any], where: str) -> Sizes:
+    return kind(**{field.name: _positive(values, field.name, where) for field in fields(kind)})
+
+
+def _shape(values: Mapping[str, Any]) -> ModelShape:
+    tower = _sizes(TowerShape, _field(values, "tower", Mapping, "shape."), "shape.tower.")
+    decoder = _sizes(DecoderShape, _field(values, "decoder", Mapping, "shape."), "shape.decoder.")
+    return ModelShape(tower, decoder)
+
+
+def _schedule(values: Mapping[str, Any]) -> Schedule:
+    try:
+        return Schedule.from_dict(values)
+    except ScheduleError as error:
+        raise EngineError(f"schedule: {error}") from None
+
+
+def _limits(values: Mapping[str, Any]) -> Limits:
+    return Limits(_positive(values, "max_visual_tokens", "limits."), _positive(values, "max_text_tokens", "limits."))
+
+
+def _segments(values: Sequence[Any]) -> tuple[Segment, ...]:
+    segments = []
+    for number, value in enumerate(values):
+        where = f"segments[{number}]."
+        if not isinstance(value, Mapping):
+            raise EngineError(f"segments[{number}] must be an object, got {value!r:.60}")
+        segments.append(Segment(**{field.name: _count(value, field.name, where) for field in fields(Segment)}))
+    return tuple(segments)
+
+
+def _tokens(values: Mapping[str, Any]) -> TokenIds:
+    stop = _field(values, "stop", list, "tokens.")
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in stop):
+        raise EngineError(f"field tokens.stop must be a list of token ids, got {stop!r:.60}")
+    image, start, end = (_count(values, key, "tokens.") for key in ("image", "vision_start", "vision_end"))
+    return TokenIds(image, start, end, tuple(stop))
+
+
+def _image_processor(values: Mapping[str, Any]) -> ImageProcessorConfig:
+    sizes = {k: _positive(values, k, "image_processor.") for k in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")}
+    mean, std = (_channels(values, key) for key in ("image_mean", "image_std"))
+    if min(std) <= 0:
+        raise EngineError("field image_processor.image_std must be positive")
+    return ImageProcessorConfig(**sizes, image_mean=mean, image_std=std)
+
+
+def _channels(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    channels = _field(values, key, list, "image_processor.")
+    if len(channels) != 3 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in channels):
+        raise EngineError(f"field image_processor.{key} must be three numbers, got {channels!r:.60}")
+    return tuple(float(v) for v in channels)
+
+
+def _graph(graphs: Mapping[str, Any], name: str) -> Graph:
+    where = f"graphs.{name}."
+    values = _field(graphs, name, Mapping, "graphs.")
+    inputs, outputs = (tuple(_tensor(v, f"{where}{side}") for v in _field(values, side, list, where)) for side in ("inputs", "outputs"))
+    return Graph(_field(values, "file", str, where), inputs, outputs)
+
+
+def _tensor(values: Any, where: str) -> TensorInfo:
+    if not isinstance(values, Mapping):
+        raise EngineError(f"field {where}[] must be an object, got {values!r:.60}")
+    shape = _field(values, "shape", list, f"{where}[].")
+    if not all(isinstance(size, (int, str)) and not isinstance(size, bool) for size in shape):
+        raise EngineError(f"field {where}[].shape must hold sizes and names, got {shape!r:.60}")
+    return TensorInfo(_field(values, "name", str, f"{where}[]."), _field(values, "dtype", str, f"{where}[]."), tuple(shape))
+
+
+def _files(values: Mapping[str, Any]) -> dict[str, FileEntry]:
+    files = {}
+    for name, entry in values.items():
+        _check_relative(name)
+        if not isinstance(entry, Mapping):
+            raise EngineError(f"field files.{name} must be an object, got {entry!r:.60}")
+        sha256: str = _field(entry, "sha256", str, f"files.{name}.")
+        if len(sha256) != SHA256_DIGITS or not set(sha256) <= set("0123456789abcdef"):
+            raise EngineError(f"field files.{name}.sha256 must be {SHA256_DIGITS} hexadecimal digits, got {sha256!r:.80}")
+        files[name] = FileEntry(sha256, _count(entry, "size", f"files.{name}."))
+    return files
+
+
+def _check_relative(name: str) -> None:
+    """Refuse a name that leaves the folder, in the reading of any platform."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if not posix.parts or posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\0" in name:
+        raise EngineError(f"files lists {name!r}, which lies outside the engine's folder")

@@ -1,0 +1,247 @@
+"""Where weights come from: an alias, a folder or a hub id, always safetensors, streamed one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen2VLConfig
+
+__all__ = ["ALIASES", "Checkpoint", "CheckpointError", "TensorReader", "open_checkpoint", "resolve_model"]
+
+TINY = Path(__file__).parent / "tiny" / "checkpoint"
+ALIASES: dict[str, str] = {
+    "tiny": str(TINY),
+    "qwen2-vl": "Qwen/Qwen2-VL-2B-Instruct",
+    "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
+    "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2-vl-72b": "Qwen/Qwen2-VL-72B-Instruct",
+}
+FAMILIES = {"qwen2_vl": "Qwen2-VL"}
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.json"]
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 16, 65_536  # of each weights file: enough to tell fine-tunes apart, quick at any size
+BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class CheckpointError(ValueError):
+    """A model that cannot be used; the message names the model or file and what to do."""
+
+
+def resolve_model(model: str) -> Path:
+    """Folder of a model: an alias, a path, or a hub id that is in the local cache or can be fetched.
+
+    Raises:
+        CheckpointError: unknown, or neither cached nor reachable.
+    """
+    target = ALIASES.get(model, model)
+    folder = Path(target)
+    if folder.exists():
+        if not folder.is_dir():
+            raise CheckpointError(f"{model}: is a file; give the folder that holds config.json and *.safetensors")
+        return folder
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", target) or target.endswith("/"):
+        raise CheckpointError(f"{model}: no such folder, and not a hub id (owner/name) or an alias ({', '.join(ALIASES)})")
+    return _from_hub(model, target)
+
+
+def _from_hub(model: str, repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=HUB_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        pass
+    try:
+        return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{model}: the hub has no model {repository} (or it needs a login: hf auth login)") from None
+    except (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(
+            f"{model}: {repository} is not in the local cache and the hub cannot be reached ({type(error).__name__}); "
+            "connect, or download it elsewhere and give its folder as --model"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: file, dtype as safetensors spells it, shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A validated checkpoint folder; ``tensors`` by canonical name (``visual.…``, ``language_model.…``, ``lm_head.weight``)."""
+
+    name: str
+    path: Path
+    config: Qwen2VLConfig
+    tensors: Mapping[str, TensorInfo]
+    disk_names: Mapping[str, str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that tell models apart: sizes, tensor tables and samples of the data of every weights file."""
+        digest = hashlib.sha256()
+        for file in sorted({info.file for info in self.tensors.values()}):
+            size = file.stat().st_size
+            digest.update(f"{size}".encode())
+            with file.open("rb") as handle:
+                for block in range(FINGERPRINT_BLOCKS):
+                    handle.seek(block * max(0, size - FINGERPRINT_BLOCK) // (FINGERPRINT_BLOCKS - 1))
+                    digest.update(handle.read(FINGERPRINT_BLOCK))
+        return digest.hexdigest()[:16]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(_count(info.shape) * BYTES_OF[info.dtype] for info in self.tensors.values())
+
+
+class TensorReader:
+    """Reads tensors one at a time; a context manager that keeps the files open."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._stack, self._open = checkpoint, ExitStack(), dict[Path, Any]()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, as stored."""
+        from safetensors import safe_open
+
+        file = self._checkpoint.tensors[name].file
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(file, "pt"))
+        tensor: torch.Tensor = self._open[file].get_tensor(self._checkpoint.disk_names[name])
+        return tensor
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Find and check a model: its config, and that its weights are whole safetensors.
+
+    Raises:
+        CheckpointError: unknown model or family, missing or damaged files, pickled weights.
+    """
+    path = resolve_model(model)
+    config = _read_config(path)
+    files = _weight_files(path)
+    tensors: dict[str, TensorInfo] = {}
+    disk_names: dict[str, str] = {}
+    for file in files:
+        for disk_name, dtype, shape in _read_header(file):
+            name = _canonical(disk_name)
+            tensors[name] = TensorInfo(file, dtype, shape)
+            disk_names[name] = disk_name
+    return Checkpoint(model, path, config, tensors, disk_names)
+
+
+def _read_config(path: Path) -> Qwen2VLConfig:
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing; give the folder of a Hugging Face checkpoint") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
+    family = values.get("model_type") if isinstance(values, dict) else None
+    if family not in FAMILIES:
+        raise CheckpointError(f"{file}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import Qwen2VLConfig
+
+    try:
+        config = Qwen2VLConfig.from_dict(values)
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{file}: not a valid {FAMILIES[family]} configuration ({_first_line(error)})") from None
+    if config.text_config.use_sliding_window:
+        raise CheckpointError(f"{file}: use_sliding_window is not supported; set it to false if the model was trained without it")
+    return config
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            raise CheckpointError(f"{index}: not a safetensors index; download it again") from None
+        files = [path / name for name in names]
+        if any(file.parent != path for file in files):
+            raise CheckpointError(f"{index}: names a file outside the folder; download it again")
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(f"{path}: {missing[0]} is missing ({len(missing)} of {len(files)} weights files); download the rest")
+        return files
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
+    if pickled:
+        raise CheckpointError(f"{path / pickled[0]}: pickled weights can run code when loaded and are refused; convert them to safetensors")
+    raise CheckpointError(f"{path}: no *.safetensors weights")
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of each tensor, after checking that the file is as long as its header says."""
+    damaged = f"{file}: damaged or truncated safetensors; download it again"
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            size = file.stat().st_size
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise CheckpointError(damaged)
+            header = json.loads(handle.read(length))
+        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        if max((entry["data_offsets"][1] for _, entry in entries), default=0) != size - 8 - length:
+            raise CheckpointError(damaged)
+        for name, entry in entries:
+            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+            if end - start != _count(shape) * BYTES_OF.get(entry["dtype"], 0):
+                raise CheckpointError(f"{file}: tensor {name} of dtype {entry['dtype']} is damaged or not supported")
+            yield name, entry["dtype"], shape
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(damaged) from None
+
+
+def _canonical(name: str) -> str:
+    """One spelling for the names that transformers 4 and 5 write."""
+    if name.startswith("model.visual."):
+        return name.removeprefix("model.")
+    if name.startswith("model.language_model."):
+        return name.removeprefix("model.")
+    if name.startswith("model."):
+        return "language_model." + name.removeprefix("model.")
+    return name
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

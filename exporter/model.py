@@ -1,0 +1,67 @@
+"""From a checkpoint to modules: as shapes alone for tracing, or with weights for the PyTorch reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Qwen2VLForConditionalGeneration
+
+from .checkpoint import Checkpoint, CheckpointError, TensorReader
+from .models.qwen2_vl import LanguageGraph, VisionGraph
+from .schedule import Schedule
+from .shape import ModelShape
+
+__all__ = ["load_model", "pruned_graphs", "shapes_only"]
+
+
+@contextmanager
+def shapes_only(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Any]:
+    """The model without data, inside the mode in which it can be traced."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield Qwen2VLForConditionalGeneration._from_config(checkpoint.config, dtype=dtype)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The Hugging Face model with its weights, streamed into place.
+
+    Raises:
+        CheckpointError: a missing weight or one of another shape.
+    """
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration._from_config(checkpoint.config, dtype=dtype)
+    model.to_empty(device="cpu")
+    with TensorReader(checkpoint) as reader, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            source = name.removeprefix("model.")
+            if source == "lm_head.weight" and checkpoint.config.tie_word_embeddings:
+                continue
+            info = checkpoint.tensors.get(source)
+            if info is None or info.shape != tuple(parameter.shape):
+                raise CheckpointError(f"{checkpoint.path}: {source} is missing or not {list(parameter.shape)}")
+            parameter.copy_(reader.read(source))
+    model.tie_weights()
+    _fill_rotary_tables(model)
+    return model.eval()
+
+
+def pruned_graphs(model: Any, shape: ModelShape, schedule: Schedule) -> tuple[VisionGraph, LanguageGraph]:
+    """The two walked graphs over a model's modules."""
+    tied = model.config.tie_word_embeddings
+    return (
+        VisionGraph(model.model.visual, shape, schedule),
+        LanguageGraph(model.model.language_model, None if tied else model.lm_head, shape, schedule),
+    )
+
+
+def _fill_rotary_tables(model: Any) -> None:
+    """Recompute the buffers that checkpoints do not hold (``to_empty`` left them undefined)."""
+    text = model.model.language_model.rotary_emb
+    inverse, _ = text.compute_default_rope_parameters(text.config)
+    text.inv_freq.copy_(inverse)
+    text.original_inv_freq.copy_(inverse)
+    vision = model.model.visual.rotary_pos_emb
+    vision.inv_freq.copy_(1.0 / (vision.theta ** (torch.arange(0, vision.dim, 2, dtype=torch.float) / vision.dim)))

@@ -1,0 +1,306 @@
+"""Qwen2-VL (arXiv 2409.12191): the Hugging Face modules, walked with pruning between them.
+
+``VisionGraph`` and ``LanguageGraph`` are both the PyTorch reference of the pruned model and what is traced for export. They call the
+checkpoint's own modules (norms, projections, MLPs) and put attention, caches and stages between them. Symbols: N visual tokens of an
+image, G = merge_size² patches a token, P = N · G patches, C the tower's width, H the language model's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen2VLConfig
+
+from ...plugins.compaction import gather_tokens, keep_top, keep_top_per_cell, merge_tokens
+from ...plugins.guidance import last_token_attention
+from ...plugins.importance import add_entropy, context_relevance
+from ..schedule import Schedule, Stage, cell_count, cell_of, keep_count
+from ..shape import DecoderShape, ModelShape, TowerShape
+from ..standard_ops import attention, cached_causal_attention, rms_norm, rotary_embedding, tensor_scatter
+
+__all__ = ["FAMILY", "LanguageGraph", "VisionGraph", "image_token_ids", "model_shape"]
+
+FAMILY = "qwen2_vl"
+TOWER_ROPE_THETA = 10_000.0  # fixed in the architecture
+PROTECTED = 1e30  # importance of a token that must survive; far above any score, and finite
+ENTROPY_BITS = 8.0  # the most that 256 grey levels can have
+TEXT_KEY = float("inf")  # ranking key of a token that is not visual
+
+
+def model_shape(config: Qwen2VLConfig) -> ModelShape:
+    """The sizes that schedules, budgets and runtimes need."""
+    vision, text = config.vision_config, config.text_config
+    tower = TowerShape(
+        blocks=vision.depth,
+        embed_dim=vision.embed_dim,
+        heads=vision.num_heads,
+        mlp_dim=int(vision.embed_dim * vision.mlp_ratio),
+        patch_dim=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        merge_size=vision.spatial_merge_size,
+    )
+    decoder = DecoderShape(
+        layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.hidden_size // text.num_attention_heads,
+        mlp_dim=text.intermediate_size,
+        vocab_size=text.vocab_size,
+    )
+    return ModelShape(tower, decoder)
+
+
+def image_token_ids(config: Qwen2VLConfig) -> dict[str, int]:
+    """Special tokens around an image."""
+    return {"image": config.image_token_id, "vision_start": config.vision_start_token_id, "vision_end": config.vision_end_token_id}
+
+
+class VisionGraph(nn.Module):
+    """Tower, merger and everything that happens to visual tokens before the language model; one image a call."""
+
+    def __init__(self, visual: nn.Module, shape: ModelShape, schedule: Schedule) -> None:
+        super().__init__()
+        self.visual, self.shape, self.schedule = visual, shape.tower, schedule
+        self.stages = {stage.layer: stage for stage in schedule.tower_stages}
+        self.vision_layer = schedule.importance.vision_layer % shape.tower.blocks
+
+    def uses_entropy(self) -> bool:
+        """Whether any stage reads the patches' entropy."""
+        ranked_by_attention = self.schedule.needs_importance or any(layer > 0 for layer in self.stages)
+        return 0 in self.stages or (ranked_by_attention and self.schedule.importance.entropy_weight != 0)
+
+    def uses_budget(self) -> bool:
+        """Whether any stage of this graph counts tokens."""
+        return bool(self.stages) or self.schedule.first_stage is not None
+
+    def forward(self, pixel_values: Tensor, entropy: Tensor | None, budget_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed one image.
+
+        Args:
+            pixel_values: T [rows, columns, G, patch_dim], patches in merge order.
+            entropy: float32 [rows, columns, G], bits; None where ``uses_entropy`` is false.
+            budget_tokens: [N], only its length counts; None where ``uses_budget`` is false.
+
+        Returns:
+            visual_embeds T [M, H], importance float32 [M] (zeros where nothing is ranked), index int64 [M], ascending.
+        """
+        rows, columns, group, _ = pixel_values.shape
+        budget = budget_tokens.shape[0] if budget_tokens is not None else rows * columns
+        patches = pixel_values.reshape(rows * columns * group, self.shape.patch_dim)
+        entropy = entropy.reshape(rows * columns * group) if entropy is not None else None
+        hidden = F.linear(patches, self.visual.patch_embed.proj.weight.reshape(self.shape.embed_dim, self.shape.patch_dim))  # [P, C]
+        cos, sin = self._rotary(rows, columns, hidden)
+        index = torch.arange(rows * columns, device=hidden.device)
+        importance = torch.zeros(rows * columns, dtype=torch.float32, device=hidden.device)
+        scoring_blocks = {layer - 1 for layer in self.stages if layer > 0}
+        if self.schedule.needs_importance:
+            scoring_blocks.add(self.vision_layer)
+
+        for number, block in enumerate(self.visual.blocks):
+            stage = self.stages.get(number)
+            if stage is not None:
+                score = importance if number > 0 else pixel_importance(patches, entropy, group)
+                hidden, importance, kept = self._prune(stage, hidden, score, index, rows, columns, budget)
+                index, cos, sin = index[kept], _take_groups(cos, kept, group), _take_groups(sin, kept, group)
+                entropy = _take_groups(entropy, kept, group) if entropy is not None else None
+            mixed, query, key = self._attention(block, hidden, cos, sin)
+            if number in scoring_blocks:
+                importance = self._score(query, key, entropy)
+            hidden = hidden + mixed
+            hidden = hidden + block.mlp(block.norm2(hidden))
+
+        merger = self.visual.merger
+        visual_embeds = merger.mlp(merger.ln_q(hidden).reshape(index.shape[0], group * self.shape.embed_dim))  # [N', H]
+        if self.schedule.first_stage is not None:
+            visual_embeds, importance, kept = self._prune(
+                self.schedule.first_stage, visual_embeds, importance, index, rows, columns, budget, final=True
+            )
+            index = index[kept]
+        return visual_embeds, importance, index
+
+    def _attention(self, block: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's attention over all patches [P, C]: its output, and its queries and keys [heads, P, head_dim]."""
+        heads, head_dim = self.shape.heads, self.shape.head_dim
+        patches = hidden.shape[0]
+        qkv = block.attn.qkv(block.norm1(hidden)).reshape(1, patches, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+        query = rotary_embedding(qkv[0], cos[None], sin[None])  # [1, heads, P, head_dim]
+        key = rotary_embedding(qkv[1], cos[None], sin[None])
+        mixed = attention(query, key, qkv[2], scale=head_dim**-0.5)
+        return block.attn.proj(mixed.transpose(1, 2).reshape(patches, self.shape.embed_dim)), query[0], key[0]
+
+    def _score(self, query: Tensor, key: Tensor, entropy: Tensor | None) -> Tensor:
+        """Importance of the groups alive: float32 [tokens] from queries and keys of their patches."""
+        settings = self.schedule.importance
+        relevance = context_relevance(query, key, scale=self.shape.head_dim**-0.5, global_threshold=settings.global_threshold)
+        if entropy is not None:
+            relevance = add_entropy(relevance, entropy, entropy_weight=settings.entropy_weight)
+        return relevance.reshape(-1, self.shape.group).mean(1)
+
+    def _prune(self, stage: Stage, features: Tensor, importance: Tensor, index: Tensor, rows: int, columns: int, budget: int,
+               final: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """One stage over the tokens alive: their features, importance, and places among those that were alive.
+
+        ``features`` is [tokens · G, C] in the tower and [tokens, H] after the merger (``final``).
+        """
+        count = keep_count(budget, stage.keep)
+        width = features.shape[1]
+        wide = features if final else features.reshape(-1, self.shape.group * width)  # a group travels as one row
+        if stage.cell is None:
+            kept = keep_top(importance, count)
+            wide, survivor_importance = wide[kept], importance[kept]
+        else:
+            cell, cells = _grid_cells(rows, columns, stage.cell, features.device)
+            kept, slot = keep_top_per_cell(importance, cell[index], cells, count)
+            wide, summed, members = merge_tokens(wide, importance, kept, slot)
+            survivor_importance = importance[kept]
+            if final and self.schedule.recycled_importance == "sum":
+                survivor_importance = torch.where(members > 1, summed, survivor_importance)
+            elif final and self.schedule.recycled_importance == "protected":
+                survivor_importance = torch.where(members > 1, PROTECTED, survivor_importance)
+        return (wide if final else wide.reshape(-1, width)), survivor_importance, kept
+
+    def _rotary(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the two-dimensional rotary embedding, [P, head_dim/2] each, patches in merge order."""
+        side, quarter = self.shape.merge_size, self.shape.head_dim // 4
+        grid = rows, columns, side, side
+        row = torch.arange(rows, device=like.device)[:, None, None, None] * side + torch.arange(side, device=like.device)[:, None]
+        column = torch.arange(columns, device=like.device)[:, None, None] * side + torch.arange(side, device=like.device)
+        place = torch.stack([row.expand(grid).reshape(-1), column.expand(grid).reshape(-1)], 1)  # [P, 2]
+        steps = torch.arange(quarter, device=like.device, dtype=torch.float32) / quarter
+        angles = (place.float()[:, :, None] * TOWER_ROPE_THETA**-steps).reshape(-1, 2 * quarter)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def pixel_importance(patches: Tensor, entropy: Tensor | None, group: int) -> Tensor:
+    """Importance before any attention: spread of a token's normalised pixels plus its mean entropy as a share of 8 bits.
+
+    patches [P, patch_dim], entropy float32 [P] → float32 [N]. A blank area has neither.
+    """
+    pixels = patches.float().reshape(-1, group * patches.shape[1])
+    spread = (pixels.square().mean(1) - pixels.mean(1).square()).clamp(min=0).sqrt()
+    if entropy is None:
+        raise ValueError("a stage before tower block 0 needs the patches' entropy")
+    return spread + entropy.reshape(-1, group).mean(1) / ENTROPY_BITS
+
+
+def _grid_cells(rows: int, columns: int, cell: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cell of every original token, int64 [N], and the cells 0 … C − 1, for square cells of ``cell``/1024 tokens."""
+    across = cell_count(columns, cell)
+    row = cell_of(torch.arange(rows, device=device), cell)
+    column = cell_of(torch.arange(columns, device=device), cell)
+    cells = torch.arange(cell_count(rows, cell) * across, device=device)
+    return (row[:, None] * across + column).reshape(rows * columns), cells
+
+
+def _take_groups(x: Tensor, kept: Tensor, group: int) -> Tensor:
+    """Rows of the kept tokens' patches: [tokens · G, …] → [kept · G, …]."""
+    grouped = x.reshape(-1, group * x[0].numel())
+    return grouped[kept].reshape(-1, *x.shape[1:])
+
+
+class LanguageGraph(nn.Module):
+    """The decoder with its stages, over KV caches of fixed capacity: prefill of one request and decoding of a batch."""
+
+    def __init__(self, language_model: nn.Module, lm_head: nn.Linear | None, shape: ModelShape, schedule: Schedule) -> None:
+        """``lm_head`` is None where the head is tied to the embedding table."""
+        super().__init__()
+        self.language_model, self.lm_head, self.shape, self.schedule = language_model, lm_head, shape.decoder, schedule
+        self.stages = {stage.layer: stage for stage in schedule.later_stages}
+        rope = language_model.config.rope_parameters
+        self.theta, self.sections = float(rope["rope_theta"]), list(rope["mrope_section"])
+        self.epsilon = float(language_model.config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        visual_embeds: Tensor,
+        visual_positions: Tensor,
+        importance: Tensor | None,
+        budget_tokens: Tensor | None,
+        past_lengths: Tensor,
+        past_key_values: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Extend the caches by S tokens.
+
+        Args:
+            input_ids: int64 [B, S]; position_ids: int64 [3, B, S].
+            visual_embeds: T [V, H]; visual_positions: int64 [V], their columns; V > 0 only with B = 1.
+            importance: float32 [V], budget_tokens: [N] (length only); None without stages inside the decoder.
+            past_lengths: int64 [B, segments]; past_key_values: per layer key and value [B, KV, capacity, head_dim].
+
+        Returns:
+            logits float32 [B, vocab] and hidden states after the final norm [B, H], both of the last token, and the caches.
+        """
+        batch, length = input_ids.shape
+        embeds = F.embedding(input_ids, self.language_model.embed_tokens.weight)
+        hidden = _put_rows(embeds, visual_positions, visual_embeds)
+        cos, sin = self._rotary(position_ids, hidden)
+        ranking = self._ranking_key(length, visual_positions, importance) if importance is not None else None
+        alive, segment = visual_embeds.shape[0], 0
+        query_key: tuple[Tensor, Tensor] | None = None
+        present: list[tuple[Tensor, Tensor]] = []
+        for number, layer in enumerate(self.language_model.layers):
+            stage = self.stages.get(number)
+            if stage is not None and ranking is not None and budget_tokens is not None and query_key is not None:
+                survivors = keep_count(budget_tokens.shape[0], stage.keep)
+                score = self._guided(ranking, *query_key)
+                index = keep_top(score, hidden.shape[1] - (alive - survivors))
+                hidden, cos, sin, ranking = gather_tokens(hidden, cos, sin, ranking, index)
+                alive, segment = survivors, segment + 1
+            hidden, query_key, cache = self._layer(layer, hidden, cos, sin, past_lengths[:, segment], past_key_values[number])
+            present.append(cache)
+        last = rms_norm(hidden[:, -1], self.language_model.norm.weight, epsilon=self.epsilon)  # [B, H]
+        # The head's weight is the embedding table in tied models: multiplied from the left, both graphs' users share one tensor.
+        head = self.language_model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        logits = (head @ last.T).T.float()
+        return logits, last, present
+
+    def _layer(self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, past_length: Tensor, past: tuple[Tensor, Tensor]) -> tuple[
+        Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
+        """One decoder layer: hidden states, its queries and keys of these tokens, and its cache."""
+        attn, sizes = layer.self_attn, self.shape
+        normed = rms_norm(hidden, layer.input_layernorm.weight, epsilon=self.epsilon)
+        batch, length, _ = hidden.shape
+        query = attn.q_proj(normed).reshape(batch, length, sizes.heads, sizes.head_dim).transpose(1, 2)
+        key = attn.k_proj(normed).reshape(batch, length, sizes.kv_heads, sizes.head_dim).transpose(1, 2)
+        value = attn.v_proj(normed).reshape(batch, length, sizes.kv_heads, sizes.head_dim).transpose(1, 2)
+        query, key = rotary_embedding(query, cos, sin), rotary_embedding(key, cos, sin)
+        cache = tensor_scatter(past[0], key, past_length), tensor_scatter(past[1], value, past_length)
+        mixed = cached_causal_attention(query, *cache, past_length + length, scale=sizes.head_dim**-0.5)
+        hidden = hidden + attn.o_proj(mixed.transpose(1, 2).reshape(batch, length, sizes.heads * sizes.head_dim))
+        hidden = hidden + layer.mlp(rms_norm(hidden, layer.post_attention_layernorm.weight, epsilon=self.epsilon))
+        return hidden, (query, key), cache
+
+    def _ranking_key(self, length: int, visual_positions: Tensor, importance: Tensor) -> Tensor:
+        """float32 [S]: importance at the visual columns, +inf at text."""
+        text = torch.full((1, length, 1), TEXT_KEY, dtype=torch.float32, device=importance.device)
+        return _put_rows(text, visual_positions, importance[:, None]).reshape(length)
+
+    def _guided(self, ranking: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """(1 − β) s + β g, with the attention of the last token in the layer just computed (FastV's choice of layer)."""
+        weight = self.schedule.guidance_weight
+        if weight == 0:
+            return ranking
+        guide = last_token_attention(query[0, :, -1], key[0], ranking < TEXT_KEY, scale=self.shape.head_dim**-0.5)
+        return (1 - weight) * ranking + weight * guide if weight < 1 else torch.where(ranking < TEXT_KEY, guide, ranking)
+
+    def _rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, head_dim/2]; each frequency turns with the axis that its M-RoPE section names."""
+        half = self.shape.head_dim // 2
+        number = torch.arange(half, device=like.device)
+        temporal, height, _ = self.sections
+        axis = (number >= temporal).long() + (number >= temporal + height).long()
+        steps = number.float() / half
+        angles = position_ids[axis].permute(1, 2, 0).float() * self.theta**-steps  # [B, S, head_dim/2]
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def _put_rows(rows: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """Replace rows of a batch of one: [B, S, C] with values [V, C] at columns [V]; V = 0 leaves any batch as it is."""
+    batch, length, width = rows.shape
+    flat = rows.reshape(batch * length, width)
+    return flat.index_put((positions,), values.to(rows.dtype)).reshape(batch, length, width)

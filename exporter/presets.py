@@ -1,0 +1,83 @@
+"""Schedules by name, for a budget: where to start when nothing has been tuned for a model.
+
+    progressive   three decoder stages, received attention, no merging (untuned default)
+    tower         the same, and stages inside the tower
+    paper         VFlowOpt as published (arXiv 2508.05211), everything beyond it off
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .budget import solve_last_keep
+from .schedule import KEEP_UNIT, Importance, Schedule, ScheduleError, Stage
+from .shape import ModelShape
+
+__all__ = ["PRESETS", "preset_schedule"]
+
+# Published for LLaVA-OneVision-7B: average keep → ratios of the first two stages (each of the stage before), t, cell side; α = 0.
+PUBLISHED = {
+    0.50: (0.723, 0.749, 28.7, 11.8),
+    0.25: (0.265, 0.983, 34.8, 15.6),
+    0.10: (0.117, 1.0, 39.3, 17.4),
+}
+FIRST_SHARE = 1.3  # first stage of `progressive`, in average keeps: more tokens early, where the decoder still reads them
+TOWER_STAGES = ((1 / 2, 512), (3 / 4, 384))  # depth and keep: half the groups from the middle on, three eighths later
+
+
+def preset_schedule(name: str, shape: ModelShape, keep: float) -> Schedule:
+    """A named schedule whose average keep over decoder layers is at most ``keep``.
+
+    Raises:
+        ScheduleError: an unknown name, ``keep`` outside (0, 1], or a budget that whole tokens of 1024 cannot meet.
+    """
+    if name not in PRESETS:
+        raise ScheduleError(f"unknown preset {name!r}; one of {', '.join(PRESETS)}")
+    if not 0 < keep <= 1:
+        raise ScheduleError(f"keep must be above 0 and at most 1, got {keep:g}")
+    if keep * KEEP_UNIT < 1:
+        raise ScheduleError(f"keep {keep:g} is below 1/{KEEP_UNIT}, the smallest that a schedule can express")
+    return PRESETS[name](shape, keep)
+
+
+def _progressive(shape: ModelShape, keep: float) -> Schedule:
+    if keep == 1:
+        return Schedule()
+    return Schedule(stages=_three_stages(shape.decoder.layers, keep, FIRST_SHARE, 1 / FIRST_SHARE))
+
+
+def _tower(shape: ModelShape, keep: float) -> Schedule:
+    decoder = _progressive(shape, keep).stages
+    first = decoder[0].keep if decoder else KEEP_UNIT
+    places = {max(1, round(depth * shape.tower.blocks)): stage_keep for depth, stage_keep in TOWER_STAGES}
+    tower = tuple(Stage("tower", block, max(stage_keep, first)) for block, stage_keep in places.items() if block < shape.tower.blocks)
+    return Schedule(stages=(*tower, *decoder))
+
+
+def _paper(shape: ModelShape, keep: float) -> Schedule:
+    if keep == 1:
+        return Schedule()
+    nearest = min(PUBLISHED, key=lambda published: abs(published - keep))
+    first, second, threshold, cell = PUBLISHED[nearest]
+    stages = _three_stages(shape.decoder.layers, keep, first / nearest, second)
+    recycled = (Stage(stages[0].part, 0, stages[0].keep, cell), *stages[1:])
+    return Schedule(stages=recycled, importance=Importance(global_threshold=threshold))
+
+
+def _three_stages(layers: int, keep: float, first: float, second: float) -> tuple[Stage, ...]:
+    """Stages before layers 0, L/3 and 2L/3: ``first`` average keeps, ``second`` of that, and the last solved from the budget."""
+    starts = tuple(dict.fromkeys((0, layers // 3, 2 * layers // 3)))
+    head = min(KEEP_UNIT, max(1, round(keep * first * KEEP_UNIT)))
+    keeps = (head, max(1, round(head * second)))[: len(starts) - 1]
+    while True:
+        try:
+            last = solve_last_keep(layers, keep, starts, keeps)
+            break
+        except ScheduleError:
+            if max(keeps, default=1) == 1:
+                raise
+            keeps = tuple(max(1, k - 1) for k in keeps)  # tiny budgets: rounding spent it all
+    return tuple(Stage("decoder", layer, value) for layer, value in zip(starts, (*keeps, last), strict=True))
+
+
+PRESETS: dict[str, Callable[[ModelShape, float], Schedule]] = {"progressive": _progressive, "tower": _tower, "paper": _paper}

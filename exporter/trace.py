@@ -1,0 +1,165 @@
+"""Tracing: the two walked graphs through ``torch.onnx.export``, on shapes alone.
+
+Parameters may live on the meta device: nothing here reads a weight, so a graph of any size is traced in little memory and the
+writer streams the weights afterwards (``onnx_writer``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from ..plugins import compaction, guidance, importance
+from ..plugins.node import DOMAIN, OPSET, VERSION
+from .models.qwen2_vl import LanguageGraph, VisionGraph
+from .schedule import Schedule
+from .shape import ModelShape
+
+__all__ = ["cache_names", "trace_language", "trace_vision"]
+
+FUNCTIONS = {f.name: f for module in (importance, compaction, guidance) for f in module.FUNCTIONS}
+AUTO = Dim.AUTO
+
+
+def cache_names(layers: int, prefix: str) -> list[str]:
+    """Names of the KV caches, key and value of each layer in turn; ``prefix`` is past_key_values or present."""
+    return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+
+
+def trace_vision(graph: VisionGraph, shape: ModelShape, *, dtype: torch.dtype, device: str) -> ir.Model:
+    """vision.onnx without weights (docs/architecture.md has its inputs and outputs)."""
+    rows, columns, group = 6, 8, shape.tower.group  # any sizes, all different, none of them 1
+    arguments: dict[str, Any] = {"pixel_values": torch.zeros(rows, columns, group, shape.tower.patch_dim, dtype=dtype, device=device)}
+    sizes: dict[str, Any] = {"pixel_values": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    if graph.uses_entropy():
+        arguments["entropy"] = torch.zeros(rows, columns, group, device=device)
+        sizes["entropy"] = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    if graph.uses_budget():
+        arguments["budget_tokens"] = torch.zeros(rows * columns, dtype=torch.int32, device=device)
+        sizes["budget_tokens"] = {0: Dim.DYNAMIC}
+    return _export(_VisionEntry(graph), arguments, sizes, ["visual_embeds", "importance", "index"])
+
+
+def trace_language(graph: LanguageGraph, shape: ModelShape, schedule: Schedule, *, dtype: torch.dtype, device: str) -> ir.Model:
+    """language.onnx without weights."""
+    decoder = shape.decoder
+    batch, length, visual, budget = 3, 11, 5, 48
+    segments = schedule.decoder_segments(decoder.layers)
+    arguments: dict[str, Any] = {
+        "input_ids": torch.zeros(batch, length, dtype=torch.int64, device=device),
+        "position_ids": torch.zeros(3, batch, length, dtype=torch.int64, device=device),
+        "visual_embeds": torch.zeros(visual, decoder.hidden_size, dtype=dtype, device=device),
+        "visual_positions": torch.zeros(visual, dtype=torch.int64, device=device),
+    }
+    sizes: dict[str, Any] = {
+        "input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC},
+        "position_ids": {1: Dim.DYNAMIC, 2: Dim.DYNAMIC},
+        "visual_embeds": {0: Dim.DYNAMIC},
+        "visual_positions": {0: Dim.DYNAMIC},
+    }
+    if schedule.later_stages:
+        arguments["importance"] = torch.zeros(visual, device=device)
+        arguments["budget_tokens"] = torch.zeros(budget, dtype=torch.int32, device=device)
+        sizes["importance"] = sizes["budget_tokens"] = {0: Dim.DYNAMIC}
+    arguments["past_lengths"] = torch.zeros(batch, len(segments), dtype=torch.int64, device=device)
+    sizes["past_lengths"] = {0: Dim.DYNAMIC}
+    caches, cache_sizes = [], []
+    for number, (first, end, _) in enumerate(segments):
+        for _ in range(first, end):
+            cache = torch.zeros(batch, decoder.kv_heads, 64 + number, decoder.head_dim, dtype=dtype, device=device)
+            caches.append((cache, cache.clone()))
+            cache_sizes.append(({0: Dim.DYNAMIC, 2: Dim.DYNAMIC},) * 2)
+    arguments["past_key_values"], sizes["past_key_values"] = caches, cache_sizes
+    outputs = ["logits", "last_hidden", *cache_names(decoder.layers, "present")]
+    model = _export(_LanguageEntry(graph), arguments, sizes, outputs)
+    for value, name in zip(model.graph.inputs[-2 * decoder.layers :], cache_names(decoder.layers, "past_key_values"), strict=True):
+        value.name = name
+    return model
+
+
+class _VisionEntry(nn.Module):
+    """Gives the exporter named optional inputs; holds no logic."""
+
+    def __init__(self, graph: VisionGraph) -> None:
+        super().__init__()
+        self.walk = graph
+
+    def forward(self, pixel_values: Tensor, entropy: Tensor | None = None, budget_tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.walk(pixel_values, entropy, budget_tokens)
+
+
+class _LanguageEntry(nn.Module):
+    def __init__(self, graph: LanguageGraph) -> None:
+        super().__init__()
+        self.walk = graph
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        visual_embeds: Tensor,
+        visual_positions: Tensor,
+        importance: Tensor | None = None,
+        budget_tokens: Tensor | None = None,
+        *,
+        past_lengths: Tensor,
+        past_key_values: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        return self.walk(
+            input_ids, position_ids, visual_embeds, visual_positions, importance, budget_tokens, past_lengths, past_key_values
+        )
+
+
+def _export(entry: nn.Module, arguments: dict[str, Any], sizes: dict[str, Any], outputs: list[str]) -> ir.Model:
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            entry.eval(), (), kwargs=arguments, dynamic_shapes=sizes, output_names=outputs,
+            opset_version=OPSET, dynamo=True, verbose=False, optimize=False,
+        )  # fmt: skip
+    assert program is not None
+    model = program.model
+    _optimize_around_weights(model)
+    used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    for name in sorted(used):
+        function = ir.serde.deserialize_function(FUNCTIONS[name])
+        model.functions[function.identifier()] = function
+    if used:
+        model.opset_imports[DOMAIN] = VERSION
+    return model
+
+
+def _optimize_around_weights(model: ir.Model) -> None:
+    """Fold constants and drop dead nodes; the weights are only shapes yet and pass through as if they were inputs."""
+    weights = list(model.graph.initializers.values())
+    for value in weights:
+        del model.graph.initializers[value.name]
+        value.const_value = None
+    model.graph.inputs.extend(weights)
+    onnxscript.optimizer.optimize_ir(model)
+    del model.graph.inputs[len(model.graph.inputs) - len(weights) :]
+    for value in weights:
+        if value.uses():
+            model.graph.initializers[value.name] = value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints steps and logs about our own ops; what matters is raised."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)

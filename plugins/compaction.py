@@ -1,0 +1,222 @@
+"""Token compaction: which tokens survive, and what becomes of the rest (docs/algorithm.md, sections 2 and 3).
+
+    KeepTop          index = the ``count`` largest keys, ties to the lower index, ascending
+    KeepTopPerCell   the exact-budget form of VFlowOpt's prune-and-recycle: kept tokens, then one representative a grid cell
+    MergeTokens      each non-survivor is merged into the representative of its cell: Σ w x / Σ w, w = max(s, 0) + ε
+    GatherTokens     hidden states, rotary tables and ranking keys of the survivors, together
+
+Ranks are integers and keys are built from ranks, never from sums of scores: selection is exact in every form, and the
+same importance gives the same survivors bit for bit. VFlowOpt (arXiv 2508.05211), section 3.3; the exact budget is this project's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .node import emit, function_body, is_tracing, length_tensor
+
+__all__ = ["FUNCTIONS", "WEIGHT_FLOOR", "gather_tokens", "keep_top", "keep_top_per_cell", "merge_tokens"]
+
+Size = int | torch.SymInt
+
+WEIGHT_FLOOR = 1e-8  # ε: below any importance that matters (about 1/P), and a cell of zeros still has a mean
+
+
+def keep_top(key: Tensor, count: Size) -> Tensor:
+    """Indices of the ``count`` largest keys, ascending; of equal keys the lower index wins.
+
+    Args:
+        key: float32 [S]; +inf is allowed, NaN is not.
+
+    Returns:
+        int64 [count].
+    """
+    if is_tracing():
+        return emit("KeepTop", (key, length_tensor(count, key)), {}, [(torch.int64, (count,))])[0]
+    order = torch.sort(key, descending=True, stable=True).indices
+    return order[:count].sort().values
+
+
+def keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, count: Size) -> tuple[Tensor, Tensor]:
+    """Survivors of an exact budget with one representative a grid cell, and where every token goes.
+
+    With M = ``count`` and C cells, the K0 = max(0, M − C) most important tokens are kept; of the rest, the most important token of
+    each cell is its representative. Survivors are the first M of: kept, representatives, the rest, each by importance, ties to
+    the lower index.
+
+    Args:
+        importance: float32 [N]; cell: int64 [N], cell of each token; cells: int64 [C] = 0, 1, …, C − 1.
+
+    Returns:
+        index int64 [M] ascending, and slot int64 [N]: the place in ``index`` of the survivor that a token is merged into (its
+        own for a survivor), −1 where the cell's representative did not survive.
+    """
+    if is_tracing():
+        outputs = [(torch.int64, (count,)), (torch.int64, importance.shape)]
+        index, slot = emit("KeepTopPerCell", (importance, cell, cells, length_tensor(count, importance)), {}, outputs)
+        return index, slot
+    tokens, cell_total = importance.shape[0], cells.shape[0]
+    order = torch.sort(importance, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=order.device))
+    kept = rank < max(0, int(count) - cell_total)
+    candidate = torch.where(kept, tokens, rank)
+    best = torch.full((cell_total,), tokens, device=rank.device).scatter_reduce_(0, cell, candidate, "amin")
+    representative = ~kept & (rank == best[cell])
+    key = 2 * tokens * kept.long() + tokens * representative.long() - rank  # all different
+    index = key.topk(int(count)).indices.sort().values
+    place = torch.full((tokens,), -1, device=rank.device).scatter_(0, index, torch.arange(int(count), device=rank.device))
+    cell_place = torch.full((cell_total,), -1, device=rank.device).scatter_reduce_(0, cell, torch.where(representative, place, -1), "amax")
+    return index, torch.where(place >= 0, place, cell_place[cell])
+
+
+def merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Survivors with what was merged into them.
+
+    Args:
+        features: [N, F]; importance: float32 [N]; index: int64 [M]; slot: int64 [N], both from ``keep_top_per_cell``.
+
+    Returns:
+        merged [M, F] (dtype of ``features``; a survivor without members is copied bit for bit), the summed importance of
+        each survivor's members float32 [M], and the number of members int64 [M], itself included.
+    """
+    survivors = index.shape[0]
+    if is_tracing():
+        outputs = [(features.dtype, (survivors, features.shape[1])), (torch.float32, (survivors,)), (torch.int64, (survivors,))]
+        merged, summed, members = emit("MergeTokens", (features, importance, index, slot), {"floor": WEIGHT_FLOOR}, outputs)
+        return merged, summed, members
+    taken = slot >= 0
+    target = slot[taken]
+    weight = importance.clamp(min=0) + WEIGHT_FLOOR
+    total = weight.new_zeros(survivors).index_add_(0, target, weight[taken])
+    share = weight[taken] / total[target]
+    merged = features.new_zeros(survivors, features.shape[1], dtype=torch.float32)
+    merged.index_add_(0, target, features[taken].float() * share[:, None])
+    summed = importance.new_zeros(survivors).index_add_(0, target, importance[taken])
+    members = torch.bincount(target, minlength=survivors)
+    return torch.where(members[:, None] > 1, merged.to(features.dtype), features[index]), summed, members
+
+
+def gather_tokens(hidden: Tensor, cos: Tensor, sin: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A later stage: the rows ``index`` of everything that travels along the sequence.
+
+    Args:
+        hidden: [B, S, C]; cos, sin: [B, S, D/2]; key: float32 [S]; index: int64 [M].
+
+    Returns:
+        The same four with S replaced by M.
+    """
+    if is_tracing():
+        batch, count = hidden.shape[0], index.shape[0]
+        rotary = (cos.dtype, (batch, count, cos.shape[2]))
+        outputs = [(hidden.dtype, (batch, count, hidden.shape[2])), rotary, rotary, (torch.float32, (count,))]
+        kept = emit("GatherTokens", (hidden, cos, sin, key, index), {}, outputs)
+        return kept[0], kept[1], kept[2], kept[3]
+    return hidden[:, index], cos[:, index], sin[:, index], key[index]
+
+
+KEEP_TOP = function_body("""
+KeepTop (key, count) => (index) {
+    values, order = TopK <axis: int = 0, largest: int = 1, sorted: int = 1>(key, count)
+    index, places = TopK <axis: int = 0, largest: int = 0, sorted: int = 1>(order, count)
+}
+""")
+
+KEEP_TOP_PER_CELL = function_body("""
+KeepTopPerCell (importance, cell, cells, count) => (index, slot) {
+    tokens = Shape(importance)
+    cell_total = Shape(cells)
+    zero = Constant <value_ints: ints = [0]>()
+    one = Constant <value_ints: ints = [1]>()
+    minus_one = Constant <value_ints: ints = [-1]>()
+    values, order = TopK <axis: int = 0, largest: int = 1, sorted: int = 1>(importance, tokens)
+    ordered, rank = TopK <axis: int = 0, largest: int = 0, sorted: int = 1>(order, tokens)
+
+    spare = Sub(count, cell_total)
+    kept_total = Max(spare, zero)
+    kept = Less(rank, kept_total)
+    candidate = Where(kept, tokens, rank)
+    cell_row = Unsqueeze(cell, zero)
+    cells_column = Unsqueeze(cells, one)
+    inside = Equal(cells_column, cell_row)
+    candidate_row = Unsqueeze(candidate, zero)
+    candidates = Where(inside, candidate_row, tokens)
+    best = ReduceMin <keepdims: int = 0>(candidates, one)
+    best_of_token = Gather <axis: int = 0>(best, cell)
+    is_best = Equal(rank, best_of_token)
+    free = Not(kept)
+    representative = And(free, is_best)
+
+    two = Constant <value_ints: ints = [2]>()
+    kept_int = Cast <to: int = 7>(kept)
+    representative_int = Cast <to: int = 7>(representative)
+    twice = Mul(two, tokens)
+    kept_key = Mul(kept_int, twice)
+    representative_key = Mul(representative_int, tokens)
+    class_key = Add(kept_key, representative_key)
+    sort_key = Sub(class_key, rank)
+    top_keys, top_order = TopK <axis: int = 0, largest: int = 1, sorted: int = 1>(sort_key, count)
+    index, places = TopK <axis: int = 0, largest: int = 0, sorted: int = 1>(top_order, count)
+
+    least = ReduceMin <keepdims: int = 1>(top_keys, zero)
+    survives = GreaterOrEqual(sort_key, least)
+    survives_int = Cast <to: int = 7>(survives)
+    axis = Constant <value_int: int = 0>()
+    counted = CumSum(survives_int, axis)
+    place = Sub(counted, one)
+    is_target = And(representative, survives)
+    target_place = Where(is_target, place, minus_one)
+    target_row = Unsqueeze(target_place, zero)
+    targets = Where(inside, target_row, minus_one)
+    cell_place = ReduceMax <keepdims: int = 0>(targets, one)
+    merged_place = Gather <axis: int = 0>(cell_place, cell)
+    slot = Where(survives, place, merged_place)
+}
+""")
+
+MERGE_TOKENS = function_body("""
+MergeTokens <floor: float>(features, importance, index, slot) => (merged, summed, members) {
+    zero = Constant <value_ints: ints = [0]>()
+    one = Constant <value_ints: ints = [1]>()
+    start = Constant <value_int: int = 0>()
+    step = Constant <value_int: int = 1>()
+    survivors_dim = Shape(index)
+    survivors = Squeeze(survivors_dim, zero)
+    slots = Range(start, survivors, step)
+    slots_column = Unsqueeze(slots, one)
+    slot_row = Unsqueeze(slot, zero)
+    inside = Equal(slots_column, slot_row)
+    inside_float = Cast <to: int = 1>(inside)
+    inside_int = Cast <to: int = 7>(inside)
+    members = ReduceSum <keepdims: int = 0>(inside_int, one)
+
+    zero_float = Constant <value_float: float = 0.0>()
+    floor_value = Constant <value_float: float = @floor>()
+    positive = Max(importance, zero_float)
+    weight = Add(positive, floor_value)
+    weights = Mul(inside_float, weight)
+    total = ReduceSum <keepdims: int = 1>(weights, one)
+    shares = Div(weights, total)
+    features_float = Cast <to: int = 1>(features)
+    mixed_float = MatMul(shares, features_float)
+    mixed = CastLike(mixed_float, features)
+    own = Gather <axis: int = 0>(features, index)
+    has_members = Greater(members, one)
+    choose = Unsqueeze(has_members, one)
+    merged = Where(choose, mixed, own)
+
+    importances = Mul(inside_float, importance)
+    summed = ReduceSum <keepdims: int = 0>(importances, one)
+}
+""")
+
+GATHER_TOKENS = function_body("""
+GatherTokens (hidden, cos, sin, key, index) => (hidden_kept, cos_kept, sin_kept, key_kept) {
+    hidden_kept = Gather <axis: int = 1>(hidden, index)
+    cos_kept = Gather <axis: int = 1>(cos, index)
+    sin_kept = Gather <axis: int = 1>(sin, index)
+    key_kept = Gather <axis: int = 0>(key, index)
+}
+""")
+
+FUNCTIONS = (KEEP_TOP, KEEP_TOP_PER_CELL, MERGE_TOKENS, GATHER_TOKENS)

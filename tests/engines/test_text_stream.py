@@ -1,0 +1,73 @@
+"""Streaming: the pieces are the text, and no piece holds half a character."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from vflow.engines.text_stream import TextStream
+
+BYTES = [f"<0x{value:02X}>" for value in range(256)]
+
+
+def byte_fallback() -> Tokenizer:
+    """Every byte a token, and two words with a leading space, as SentencePiece models have them."""
+    vocabulary = {token: number for number, token in enumerate([*BYTES, "▁red", "▁circle"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<0x00>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+def pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    stream = TextStream(lambda some: tokenizer.decode(list(some)))
+    return [*(stream.push(token) for token in tokens), stream.finish()]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(max_size=12))
+def test_pieces_of_a_byte_level_text_are_that_text(tokenizer: Tokenizer, text: str) -> None:
+    parts = pieces(tokenizer, tokenizer.encode(text).ids)
+    assert "".join(parts) == text
+    assert all("�" not in part for part in parts) or "�" in text
+
+
+def test_a_character_of_four_tokens_comes_in_one_piece(tokenizer: Tokenizer) -> None:
+    assert pieces(tokenizer, tokenizer.encode("a😀b").ids) == ["a", "", "", "", "😀", "b", ""]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(0, 255), max_size=12))
+def test_any_bytes_come_out_as_the_tokenizer_decodes_them(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+
+def test_an_answer_cut_within_a_character_shows_what_is_there_at_the_end(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("aé").ids[:-1]
+    assert pieces(tokenizer, tokens) == ["a", "", "�"]
+
+
+def test_word_tokens_keep_their_spaces_but_the_first() -> None:
+    assert pieces(byte_fallback(), [256, 257, 256]) == ["red", " circle", " red", ""]
+
+
+def test_words_without_a_decoder_are_joined_by_spaces() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"red": 0, "circle": 1}, unk_token="red"))
+    assert pieces(tokenizer, [0, 1, 1]) == ["red", " circle", " circle", ""]
+
+
+def test_special_tokens_in_between_say_nothing(tokenizer: Tokenizer) -> None:
+    special = tokenizer.token_to_id("<|box_start|>")
+    assert "".join(pieces(tokenizer, [special, *tokenizer.encode("ab").ids, special, *tokenizer.encode("c").ids])) == "abc"
+
+
+def test_long_answers_cost_the_same_for_each_token() -> None:
+    lengths: list[int] = []
+
+    def decode(tokens: np.ndarray) -> str:
+        lengths.append(len(tokens))
+        return "x" * len(tokens)
+
+    stream = TextStream(decode)
+    assert all(stream.push(token) == "x" for token in range(200))
+    assert max(lengths) <= 2
