@@ -100,7 +100,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the package raises nothing more exact
-        raise EngineError(f"{path}: the installed tokenizers package cannot read it ({error}); upgrade the package, or build the engine again") from None
+        raise EngineError(
+            f"{path}: the installed tokenizers package cannot read it ({error}); upgrade the package, or build the engine again"
+        ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..exporter.schedule import keep_count
+from .backends.base import Backend
 from .backends.onnxruntime import OnnxRuntimeBackend
 from .errors import EngineError
 from .manifest import Engine
@@ -42,15 +43,16 @@ class Session:
         engine: from :func:`vflow.engines.open_engine`.
         provider: ``cpu`` or ``cuda``; None takes CUDA where it is.
         threads: CPU threads; None leaves it to the runtime.
+        backend: what computes the two graphs; None is ONNX Runtime (the only one that ``provider`` and ``threads`` are for).
 
     Raises:
         EngineError: the engine cannot be loaded on this machine.
     """
 
-    def __init__(self, engine: Engine, *, provider: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, engine: Engine, *, provider: str | None = None, threads: int | None = None, backend: Backend | None = None) -> None:
         self.engine = engine
         self.encoder = PromptEncoder(engine.tokenizer_path, engine.chat_template_path, engine.tokens)
-        self.backend = OnnxRuntimeBackend(engine, provider=provider, threads=threads)
+        self.backend = backend or OnnxRuntimeBackend(engine, provider=provider, threads=threads)
         self._lengths: NDArray[np.int64] | None = None  # [segments], tokens in the caches; None before the first prefill
         self._next_position = 0
         self._request = 0  # so that an abandoned stream does not write into the caches of the next request
@@ -205,16 +207,16 @@ class Session:
         return self.extend([token])
 
     def extend(self, tokens: Sequence[int]) -> Step:
-        """Append text tokens to the caches, all at once.
+        """Append tokens to the caches as text, all at once (an image token that the model itself has written is text as well).
 
         Raises:
-            EngineError: no request has been started, no room, or an image token among them.
+            EngineError: no request has been started, or no room.
         """
         if self._lengths is None:
             raise EngineError("no request has been started; call prefill first")
         input_ids = np.asarray(tokens, np.int64)
-        if input_ids.ndim != 1 or not input_ids.size or (input_ids == self.engine.tokens.image).any():
-            raise EngineError("extend takes a list of at least one text token")
+        if input_ids.ndim != 1 or not input_ids.size:
+            raise EngineError("extend takes a list of at least one token")
         if input_ids.size > self.room:
             raise EngineError(
                 f"the KV caches have room for {self.room} more tokens, not {input_ids.size}; shorten, or build with a larger --max-text-tokens"

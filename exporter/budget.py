@@ -11,72 +11,75 @@ from dataclasses import dataclass
 from .schedule import KEEP_UNIT, Schedule, ScheduleError, Stage, cell_count, keep_count
 from .shape import ModelShape
 
-__all__ = ["Cost", "KvSegment", "cost", "kv_bytes", "solve_last_keep"]
+__all__ = ["Cost", "cost", "kv_bytes", "solve_last_keep"]
 
 SCORING_WIDTH = 8  # dimensions that the lowering adds to a head (plugins/importance.py)
 
 
 @dataclass(frozen=True)
-class KvSegment:
-    """A run of decoder layers and the visual tokens that it holds."""
-
-    first_layer: int
-    end_layer: int
-    visual_tokens: int
-
-
-@dataclass(frozen=True)
 class Cost:
-    """Cost of one prefill.
+    """Cost of one prefill with one image; FLOPs of each block and layer stand beside the visual tokens that it sees.
 
     Attributes:
-        visual_tokens: original visual tokens N.
-        text_tokens: everything else in the prompt.
-        tower_flops: patch embedding, blocks and merger.
+        tower_tokens, tower_block_flops: per tower block.
+        embed_flops: patch embedding and merger.
         scoring_flops: importance and merging, as the exported graphs compute them.
-        decoder_flops: layers and the head of the last token.
-        tower_tokens: visual tokens in each tower block.
-        decoder_tokens: visual tokens in each decoder layer.
+        decoder_tokens, decoder_layer_flops: per decoder layer; the sequence is these and the text.
+        head_flops: logits of the last token.
     """
 
-    visual_tokens: int
-    text_tokens: int
-    tower_flops: int
-    scoring_flops: int
-    decoder_flops: int
     tower_tokens: tuple[int, ...]
+    tower_block_flops: tuple[int, ...]
+    embed_flops: int
+    scoring_flops: int
     decoder_tokens: tuple[int, ...]
+    decoder_layer_flops: tuple[int, ...]
+    head_flops: int
+
+    @property
+    def tower_flops(self) -> int:
+        """Vision graph without scoring."""
+        return self.embed_flops + sum(self.tower_block_flops)
+
+    @property
+    def decoder_flops(self) -> int:
+        """Language graph."""
+        return sum(self.decoder_layer_flops) + self.head_flops
 
     @property
     def flops(self) -> int:
+        """Whole prefill."""
         return self.tower_flops + self.scoring_flops + self.decoder_flops
 
 
 def cost(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, text_tokens: int) -> Cost:
-    """Cost of a prefill with one image of ``rows`` × ``columns`` visual tokens."""
+    """Cost of a prefill with one image of ``rows`` × ``columns`` visual tokens and ``text_tokens`` others."""
     tokens = rows * columns
     tower, decoder = shape.tower, shape.decoder
     in_tower = tuple(keep_count(tokens, schedule.keep_at("tower", block)) for block in range(tower.blocks))
     in_decoder = tuple(keep_count(tokens, schedule.keep_at("decoder", layer)) for layer in range(decoder.layers))
+    width, merged = tower.embed_dim, tower.group * tower.embed_dim
+    embed = 2 * tokens * tower.group * tower.patch_dim * width + 2 * in_tower[-1] * merged * (merged + decoder.hidden_size)
 
-    width, group = tower.embed_dim, tower.group
-    tower_flops = 2 * tokens * group * tower.patch_dim * width
-    for alive in in_tower:
-        patches = alive * group
-        tower_flops += 2 * patches * (4 * width * width + 2 * width * tower.mlp_dim) + 4 * patches * patches * width
-    merged = group * width
-    tower_flops += 2 * in_tower[-1] * (merged * merged + merged * decoder.hidden_size)
+    def block_flops(alive: int) -> int:
+        patches = alive * tower.group
+        return 2 * patches * (4 * width * width + 2 * width * tower.mlp_dim) + 4 * patches * patches * width
 
-    attention_width = decoder.heads * decoder.head_dim
-    kv_width = decoder.kv_heads * decoder.head_dim
+    attention_width, kv_width = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
     per_token = decoder.hidden_size * (2 * attention_width + 2 * kv_width + 3 * decoder.mlp_dim)
-    decoder_flops = 2 * decoder.hidden_size * decoder.vocab_size
-    for alive in in_decoder:
+
+    def layer_flops(alive: int) -> int:
         length = alive + text_tokens
-        decoder_flops += 2 * length * per_token + 2 * length * (length + 1) * attention_width  # causal: half of the square
+        return 2 * length * per_token + 2 * length * (length + 1) * attention_width  # causal: half of the square
 
     return Cost(
-        tokens, text_tokens, tower_flops, _scoring_flops(schedule, shape, rows, columns), decoder_flops, in_tower, in_decoder
+        tower_tokens=in_tower,
+        tower_block_flops=tuple(map(block_flops, in_tower)),
+        embed_flops=embed,
+        scoring_flops=_scoring_flops(schedule, shape, rows, columns),
+        decoder_tokens=in_decoder,
+        decoder_layer_flops=tuple(map(layer_flops, in_decoder)),
+        head_flops=2 * decoder.hidden_size * decoder.vocab_size,
     )
 
 
@@ -100,7 +103,7 @@ def _scoring_flops(schedule: Schedule, shape: ModelShape, rows: int, columns: in
 
 
 def _merge_flops(schedule: Schedule, stage: Stage, shape: ModelShape, tokens: int) -> int:
-    earlier = [s for s in schedule.stages[: schedule.stages.index(stage)]]
+    earlier = schedule.stages[: schedule.stages.index(stage)]
     alive = keep_count(tokens, earlier[-1].keep if earlier else KEEP_UNIT)
     width = shape.tower.group * shape.tower.embed_dim if stage.part == "tower" else shape.decoder.hidden_size
     return 2 * keep_count(tokens, stage.keep) * alive * width

@@ -1,6 +1,6 @@
 """Tracing: the two walked graphs through ``torch.onnx.export``, on shapes alone.
 
-Parameters may live on the meta device: nothing here reads a weight, so a graph of any size is traced in little memory and the
+Nothing here reads a weight (the model is fake tensors), so a graph of any size is traced in little memory and the
 writer streams the weights afterwards (``onnx_writer``).
 """
 
@@ -36,30 +36,34 @@ def cache_names(layers: int, prefix: str) -> list[str]:
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def trace_vision(graph: VisionGraph, shape: ModelShape, *, dtype: torch.dtype, device: str) -> ir.Model:
+def trace_vision(graph: VisionGraph, shape: ModelShape, *, dtype: torch.dtype) -> ir.Model:
     """vision.onnx without weights (docs/architecture.md has its inputs and outputs)."""
     rows, columns, group = 6, 8, shape.tower.group  # any sizes, all different, none of them 1
-    arguments: dict[str, Any] = {"pixel_values": torch.zeros(rows, columns, group, shape.tower.patch_dim, dtype=dtype, device=device)}
+    arguments: dict[str, Any] = {"pixel_values": torch.zeros(rows, columns, group, shape.tower.patch_dim, dtype=dtype)}
     sizes: dict[str, Any] = {"pixel_values": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
     if graph.uses_entropy():
-        arguments["entropy"] = torch.zeros(rows, columns, group, device=device)
+        arguments["entropy"] = torch.zeros(rows, columns, group)
         sizes["entropy"] = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     if graph.uses_budget():
-        arguments["budget_tokens"] = torch.zeros(rows * columns, dtype=torch.int32, device=device)
+        arguments["budget_tokens"] = torch.zeros(rows * columns, dtype=torch.int32)
         sizes["budget_tokens"] = {0: Dim.DYNAMIC}
-    return _export(_VisionEntry(graph), arguments, sizes, ["visual_embeds", "importance", "index"])
+    model = _export(_VisionEntry(graph), arguments, sizes, ["visual_embeds", "importance", "index"])
+    survivors = {"visual_embeds": {0: "survivors"}, "importance": {0: "survivors"}, "index": {0: "survivors"}}
+    grid = {0: "rows", 1: "columns"}
+    _name_dimensions(model, {"pixel_values": grid, "entropy": grid, "budget_tokens": {0: "budget"}, **survivors})
+    return model
 
 
-def trace_language(graph: LanguageGraph, shape: ModelShape, schedule: Schedule, *, dtype: torch.dtype, device: str) -> ir.Model:
+def trace_language(graph: LanguageGraph, shape: ModelShape, schedule: Schedule, *, dtype: torch.dtype) -> ir.Model:
     """language.onnx without weights."""
     decoder = shape.decoder
     batch, length, visual, budget = 3, 11, 5, 48
     segments = schedule.decoder_segments(decoder.layers)
     arguments: dict[str, Any] = {
-        "input_ids": torch.zeros(batch, length, dtype=torch.int64, device=device),
-        "position_ids": torch.zeros(3, batch, length, dtype=torch.int64, device=device),
-        "visual_embeds": torch.zeros(visual, decoder.hidden_size, dtype=dtype, device=device),
-        "visual_positions": torch.zeros(visual, dtype=torch.int64, device=device),
+        "input_ids": torch.zeros(batch, length, dtype=torch.int64),
+        "position_ids": torch.zeros(3, batch, length, dtype=torch.int64),
+        "visual_embeds": torch.zeros(visual, decoder.hidden_size, dtype=dtype),
+        "visual_positions": torch.zeros(visual, dtype=torch.int64),
     }
     sizes: dict[str, Any] = {
         "input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC},
@@ -68,22 +72,35 @@ def trace_language(graph: LanguageGraph, shape: ModelShape, schedule: Schedule, 
         "visual_positions": {0: Dim.DYNAMIC},
     }
     if schedule.later_stages:
-        arguments["importance"] = torch.zeros(visual, device=device)
-        arguments["budget_tokens"] = torch.zeros(budget, dtype=torch.int32, device=device)
+        arguments["importance"] = torch.zeros(visual)
+        arguments["budget_tokens"] = torch.zeros(budget, dtype=torch.int32)
         sizes["importance"] = sizes["budget_tokens"] = {0: Dim.DYNAMIC}
-    arguments["past_lengths"] = torch.zeros(batch, len(segments), dtype=torch.int64, device=device)
+    arguments["past_lengths"] = torch.zeros(batch, len(segments), dtype=torch.int64)
     sizes["past_lengths"] = {0: Dim.DYNAMIC}
     caches, cache_sizes = [], []
     for number, (first, end, _) in enumerate(segments):
         for _ in range(first, end):
-            cache = torch.zeros(batch, decoder.kv_heads, 64 + number, decoder.head_dim, dtype=dtype, device=device)
+            cache = torch.zeros(batch, decoder.kv_heads, 64 + number, decoder.head_dim, dtype=dtype)
             caches.append((cache, cache.clone()))
             cache_sizes.append(({0: Dim.DYNAMIC, 2: Dim.DYNAMIC},) * 2)
     arguments["past_key_values"], sizes["past_key_values"] = caches, cache_sizes
     outputs = ["logits", "last_hidden", *cache_names(decoder.layers, "present")]
     model = _export(_LanguageEntry(graph), arguments, sizes, outputs)
-    for value, name in zip(model.graph.inputs[-2 * decoder.layers :], cache_names(decoder.layers, "past_key_values"), strict=True):
+    names: dict[str, dict[int, str]] = {
+        "input_ids": {0: "batch", 1: "length"},
+        "position_ids": {1: "batch", 2: "length"},
+        **dict.fromkeys(("visual_embeds", "visual_positions", "importance"), {0: "visual"}),
+        "budget_tokens": {0: "budget"},
+        **dict.fromkeys(("past_lengths", "logits", "last_hidden"), {0: "batch"}),
+    }
+    past = cache_names(decoder.layers, "past_key_values")
+    present = cache_names(decoder.layers, "present")
+    for value, name in zip(model.graph.inputs[-len(past) :], past, strict=True):
         value.name = name
+    for number, (first, end, _) in enumerate(segments):
+        for name in (*past[2 * first : 2 * end], *present[2 * first : 2 * end]):
+            names[name] = {0: "batch", 2: f"capacity_{number}"}
+    _name_dimensions(model, names)
     return model
 
 
@@ -136,6 +153,20 @@ def _export(entry: nn.Module, arguments: dict[str, Any], sizes: dict[str, Any], 
     if used:
         model.opset_imports[DOMAIN] = VERSION
     return model
+
+
+def _name_dimensions(model: ir.Model, names: dict[str, dict[int, str]]) -> None:
+    """Give the free dimensions of inputs and outputs their names; the tracer's symbols inside the graph are dropped."""
+    interface = [*model.graph.inputs, *model.graph.outputs]
+    for value in interface:
+        assert isinstance(value.shape, ir.Shape) and value.name is not None
+        named = names.get(value.name, {})
+        value.shape = ir.Shape([named.get(axis, size) for axis, size in enumerate(value.shape)])
+    outside = set(interface)
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value not in outside and isinstance(value.shape, ir.Shape):
+                value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
 
 
 def _optimize_around_weights(model: ir.Model) -> None:

@@ -397,7 +397,7 @@ def accuracy(model: Qwen2VLForConditionalGeneration, kinds: Sequence[str], *, co
 
 def save_checkpoint(model: Qwen2VLForConditionalGeneration, folder: Path) -> None:
     """Write what Hugging Face's ``from_pretrained`` reads, weights in fp16."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -407,7 +407,6 @@ def save_checkpoint(model: Qwen2VLForConditionalGeneration, folder: Path) -> Non
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?.,!]"), "isolated")]
     )
-    tokenizer.decoder = decoders.Sequence([])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=[w for w in SPECIAL if w not in ("<unk>", "<|im_end|>", "<|endoftext|>")],

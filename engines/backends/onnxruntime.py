@@ -21,8 +21,10 @@ __all__ = ["MINIMUM_VERSION", "OnnxRuntimeBackend", "check_version"]
 # (onnxruntime pull request 28958).
 MINIMUM_VERSION = (1, 32)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Its blocked layout is for convolutions, which our graphs have none of, and in 1.32.0 it dies of a segmentation fault on some graphs.
+# Its blocked layout is for convolutions, which our graphs have none of; and in 1.32.0 it dies of a segmentation fault where
+# MatmulTransposeFusion has moved a Transpose behind a Cast (Transpose, Cast, MatMul by a constant).
 DISABLED_OPTIMIZERS = ["NchwcTransformer"]
+LOG_SEVERITY = 3  # errors only: fp16 graphs load with warnings about constants that the CPU cannot fold, of no use to anybody
 CACHE_INPUT = "past_key_values.{layer}.{kind}"
 CACHE_OUTPUT = "present.{layer}.{kind}"
 CACHE_KINDS = ("key", "value")
@@ -229,6 +231,7 @@ def _choose_provider(provider: str | None, available: list[str]) -> str:
 
 def _session_options(runtime: Any, threads: int | None) -> Any:
     options = runtime.SessionOptions()
+    options.log_severity_level = LOG_SEVERITY
     if threads is not None:
         if threads < 1:
             raise EngineError(f"threads must be at least 1, got {threads}")

@@ -122,7 +122,9 @@ def language_graph(schedule: Schedule, dtype: str) -> GraphBuilder:
     text = g.op("Squeeze", g.op("Gather", table, "input_ids"), g.const([0]))  # [S, H]
     columns = g.op("Unsqueeze", "visual_positions", g.const([1]))  # [V, 1]
     hidden = g.op("ScatterND", text, columns, "visual_embeds")
-    angles = g.op("MatMul", g.op("Cast", g.op("Transpose", "position_ids", perm=[1, 2, 0]), to=ONNX_TYPES[dtype]), g.const([[0.3], [0.5], [0.7]], dtype))
+    angles = g.op(
+        "MatMul", g.op("Cast", g.op("Transpose", "position_ids", perm=[1, 2, 0]), to=ONNX_TYPES[dtype]), g.const([[0.3], [0.5], [0.7]], dtype)
+    )
     hidden = g.op("Add", g.op("Unsqueeze", hidden, g.const([0])), g.op("Sin", angles))  # [1, S, H]
     alive = g.length("visual_embeds")
     for number, (first, end, keep) in enumerate(segments):
@@ -178,7 +180,13 @@ def byte_tokenizer() -> Any:
 
 
 def write_standin(
-    target: Path, *, schedule: Schedule = SCHEDULE, precision: str = "fp32", max_visual_tokens: int = 40, max_text_tokens: int = 160, force: bool = False
+    target: Path,
+    *,
+    schedule: Schedule = SCHEDULE,
+    precision: str = "fp32",
+    max_visual_tokens: int = 40,
+    max_text_tokens: int = 160,
+    force: bool = False,
 ) -> Path:
     """Write a whole engine directory."""
     dtype = {"fp32": "float32", "fp16": "float16"}[precision]

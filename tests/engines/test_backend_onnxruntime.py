@@ -23,9 +23,10 @@ IN_PLACE_SCRIPT = """
 import sys
 import numpy as np
 from vflow.engines import open_engine
-from vflow.engines.backends.onnxruntime import OnnxRuntimeBackend
+from vflow.engines.backends import onnxruntime as module
 from vflow.engines.positions import text_positions
-backend = OnnxRuntimeBackend(open_engine(sys.argv[1]), provider="cpu", threads=1)
+module.LOG_SEVERITY = 2  # warnings
+backend = module.OnnxRuntimeBackend(open_engine(sys.argv[1]), provider="cpu", threads=1)
 if sys.argv[2] == "copying":  # what the backend must not do: other buffers for the outputs
     for name, value in backend._caches.items():
         backend._binding.bind_output(name.replace("past_key_values", "present"), "cpu")

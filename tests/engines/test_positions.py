@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,8 +35,8 @@ def prompts(draw: st.DrawFn, pruned: bool) -> tuple[np.ndarray, list[ImageSurviv
 
 
 @pytest.fixture(scope="module")
-def huggingface_model() -> object:
-    """A Qwen2-VL without weights to speak of: only ``get_rope_index`` is called."""
+def huggingface_model() -> Any:
+    """A Qwen2-VL of nothing but a configuration: only ``get_rope_index`` is called."""
     from types import SimpleNamespace
 
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
@@ -46,14 +48,13 @@ def huggingface_model() -> object:
 
 @settings(max_examples=40, deadline=None)
 @given(prompts(pruned=False))
-def test_unpruned_prompt_has_hugging_faces_positions(huggingface_model: object, prompt: tuple[np.ndarray, list[ImageSurvivors]]) -> None:
+def test_unpruned_prompt_has_hugging_faces_positions(huggingface_model: Any, prompt: tuple[np.ndarray, list[ImageSurvivors]]) -> None:
     import torch
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
     tokens, images = prompt
     grid_thw = torch.tensor([[1, 2 * image.rows, 2 * image.columns] for image in images]) if images else None
-    expected, delta = Qwen2VLModel.get_rope_index(
-        huggingface_model, torch.tensor(tokens[None]), torch.tensor((tokens == IMAGE).astype(np.int32)[None]), image_grid_thw=grid_thw
+    expected, delta = huggingface_model.get_rope_index(
+        torch.tensor(tokens[None]), torch.tensor((tokens == IMAGE).astype(np.int32)[None]), image_grid_thw=grid_thw
     )
     positions, next_position = prompt_positions(tokens, images, image_token=IMAGE, renumber_first_stage=False)
     np.testing.assert_array_equal(positions, expected[:, 0].numpy())

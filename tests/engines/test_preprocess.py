@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from math import log2
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray((ramp + rng.integers(0, 16, (height, width, 3))).astype(np.uint8))
 
 
-def huggingface(image: Image.Image, **limits: int) -> tuple[np.ndarray, tuple[int, ...]]:
+def huggingface(image: Image.Image, **limits: Any) -> tuple[np.ndarray, tuple[int, ...]]:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     config = ImageProcessorConfig(**limits)
@@ -32,7 +33,7 @@ def huggingface(image: Image.Image, **limits: int) -> tuple[np.ndarray, tuple[in
     return output["pixel_values"], tuple(int(v) for v in output["image_grid_thw"][0])
 
 
-def assert_same(image: Image.Image, expected: Image.Image, **limits: int) -> None:
+def assert_same(image: Image.Image, expected: Image.Image, **limits: Any) -> None:
     patches = preprocess_image(load_image(image), ImageProcessorConfig(**limits))
     pixel_values, grid = huggingface(expected, **limits)
     assert patches.grid_thw == grid

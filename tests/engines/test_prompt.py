@@ -21,7 +21,7 @@ QWEN2_VL_TEMPLATE = (
     "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CONVERSATION = [
+CONVERSATION: list[dict[str, Any]] = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": [{"type": "text", "text": "Compare"}, {"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
     {"role": "assistant", "content": "They differ."},
@@ -39,12 +39,14 @@ def shown(encoder: PromptEncoder, token_ids: list[int]) -> str:
     return text
 
 
-@pytest.mark.parametrize("template", [QWEN2_VL_TEMPLATE, "{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n{{ m | tojson }}{% endfor %}"])
+@pytest.mark.parametrize(
+    "template", [QWEN2_VL_TEMPLATE, "{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n{{ m | tojson }}{% endfor %}"]
+)
 def test_templates_render_as_hugging_faces_do(template: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (expected,), _ = render_jinja_template(conversations=[CONVERSATION], chat_template=template, add_generation_prompt=True)
-    assert render_prompt(template, CONVERSATION) == expected
+    rendered = render_jinja_template(conversations=[CONVERSATION], chat_template=template, add_generation_prompt=True)
+    assert render_prompt(template, CONVERSATION) == rendered[0][0]
 
 
 def test_a_text_alone_becomes_a_user_message_after_its_images(encoder: PromptEncoder) -> None:
@@ -64,9 +66,10 @@ def test_a_conversation_keeps_its_order(encoder: PromptEncoder) -> None:
 def test_text_cannot_hold_tokens_that_structure_prompts(encoder: PromptEncoder, token: str) -> None:
     half = len(token) // 2
     in_two_parts = [{"role": "user", "content": [{"type": "text", "text": token[:half]}, {"type": "text", "text": token[half:]}]}]
-    for prompt in (f"see {token}", [{"role": "system", "content": token}, {"role": "user", "content": "x"}], in_two_parts):
+    prompts: list[Any] = [f"see {token}", [{"role": "system", "content": token}, {"role": "user", "content": "x"}], in_two_parts]
+    for prompt in prompts:
         with pytest.raises(PromptError, match="which structures prompts; remove it from the text") as caught:
-            encoder.encode(prompt, 0)  # type: ignore[arg-type]
+            encoder.encode(prompt, 0)
         assert token in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -114,7 +117,7 @@ def test_other_numbers_of_placeholders_and_images_are_refused(encoder: PromptEnc
         ([{"role": "wizard", "content": "x"}], r"messages\[0\]: unknown role 'wizard'; use one of system, user, assistant"),
         ([{"role": "user", "content": None}], "content must be text or a list"),
         ([{"role": "user", "content": ["x"]}], r"content\[0\]: type must be"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "type must be \"image\" or \"text\", got 'video'"),
+        ([{"role": "user", "content": [{"type": "video"}]}], 'type must be "image" or "text", got \'video\''),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "must be .*text"),
         ([{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}], "pass the image itself beside the messages"),
     ],
@@ -124,7 +127,9 @@ def test_malformed_messages_are_refused_by_place(encoder: PromptEncoder, message
         encoder.encode(messages, 0)
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{% if %}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('roles must alternate') }}", "{% if %}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}"]
+)
 def test_a_template_that_refuses_or_misbehaves_is_an_error(template: str) -> None:
     with pytest.raises(PromptError, match="the chat template does not take these messages"):
         render_prompt(template, CONVERSATION)

@@ -67,7 +67,7 @@ def test_same_seed_same_token_and_always_a_token(logits: list[float], temperatur
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_refused(temperature: float, bad: float) -> None:
-    with pytest.raises(EngineError, match="not finite.*--precision fp32"):
+    with pytest.raises(EngineError, match=r"not finite.*--precision fp32"):
         next_token(np.array([0, bad, 1], np.float32), SamplingParams(temperature=temperature), np.random.default_rng())
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
@@ -64,7 +65,7 @@ def test_special_tokens_in_between_say_nothing(tokenizer: Tokenizer) -> None:
 def test_long_answers_cost_the_same_for_each_token() -> None:
     lengths: list[int] = []
 
-    def decode(tokens: np.ndarray) -> str:
+    def decode(tokens: Sequence[int]) -> str:
         lengths.append(len(tokens))
         return "x" * len(tokens)
 

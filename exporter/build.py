@@ -1,0 +1,161 @@
+"""Build: checkpoint → traced graphs → weights → engine directory."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from ..engines.directory import kv_segments, open_engine, write_engine_directory
+from ..engines.manifest import MANIFEST_FORMAT, Engine
+from ..engines.preprocess import ImageProcessorConfig
+from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from .model import pruned_graphs, shapes_only
+from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
+from .onnx_writer import write_graphs
+from .schedule import Schedule
+from .trace import trace_language, trace_vision
+
+__all__ = ["DEFAULT_MAX_TEXT_TOKENS", "DEFAULT_MAX_VISUAL_TOKENS", "PRECISIONS", "BuildOptions", "build_engine"]
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+DEFAULT_MAX_VISUAL_TOKENS = 1280  # what Qwen2-VL's documentation suggests for max_pixels, in visual tokens
+DEFAULT_MAX_TEXT_TOKENS = 1024
+VISION_FILE, LANGUAGE_FILE, SCHEDULE_FILE = "vision.onnx", "language.onnx", "schedule.json"
+
+Progress = Callable[[str, float], None]  # phase, share done in 0..1
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build needs beside model and schedule; limits as in the manifest."""
+
+    precision: str = "fp32"
+    max_visual_tokens: int = DEFAULT_MAX_VISUAL_TOKENS
+    max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
+    force: bool = False
+
+
+def build_engine(
+    checkpoint: Checkpoint, schedule: Schedule, output: Path, options: BuildOptions, *, progress: Progress = lambda phase, share: None
+) -> Engine:
+    """Build an engine directory.
+
+    Raises:
+        CheckpointError, ScheduleError, EngineError: what is wrong with model, schedule or target; nothing is left behind.
+    """
+    started = time.monotonic()
+    dtype = PRECISIONS[options.precision]
+    shape = model_shape(checkpoint.config)
+    schedule.check(shape, fingerprint=checkpoint.fingerprint)
+    _check_limits(checkpoint, options)
+    manifest: dict[str, Any] = {}
+    with write_engine_directory(output, manifest, force=options.force) as folder:
+        tokens = _copy_text_files(checkpoint, folder)
+        progress("trace vision", 0.0)
+        with shapes_only(checkpoint, dtype) as model:
+            vision_graph, language_graph = pruned_graphs(model, shape, schedule)
+            vision = trace_vision(vision_graph, shape, dtype=dtype)
+            progress("trace language", 0.0)
+            language = trace_language(language_graph, shape, schedule, dtype=dtype)
+        graphs = [(vision, VISION_FILE), (language, LANGUAGE_FILE)]
+        write_graphs(graphs, checkpoint, folder, progress=lambda done, total: progress("write weights", done / max(total, 1)))
+        schedule.save(folder / SCHEDULE_FILE)
+        progress("check sums", 0.0)
+        segments = kv_segments(
+            schedule, shape.decoder.layers, max_visual_tokens=options.max_visual_tokens, max_text_tokens=options.max_text_tokens
+        )
+        manifest.update(
+            format=MANIFEST_FORMAT,
+            family=FAMILY,
+            model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+            precision=options.precision,
+            shape=shape.to_dict(),
+            schedule=schedule.to_dict(),
+            limits={"max_visual_tokens": options.max_visual_tokens, "max_text_tokens": options.max_text_tokens},
+            segments=[vars(segment) for segment in segments],
+            tokens=tokens,
+            image_processor=vars(_image_processor(checkpoint, options.max_visual_tokens)),
+            graphs={"vision": _interface(vision, VISION_FILE), "language": _interface(language, LANGUAGE_FILE)},
+            environment=_environment(time.monotonic() - started),
+        )
+    return open_engine(output, check_hashes=False)
+
+
+def _check_limits(checkpoint: Checkpoint, options: BuildOptions) -> None:
+    context = checkpoint.config.text_config.max_position_embeddings
+    if options.max_text_tokens > context:
+        raise CheckpointError(f"--max-text-tokens {options.max_text_tokens}: the model's context is {context} tokens")
+
+
+def _copy_text_files(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+    """Tokenizer and chat template into the engine; returns the manifest's token ids."""
+    source = checkpoint.path
+    tokenizer = source / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise CheckpointError(f"{tokenizer}: missing; save the tokenizer in its fast form beside the weights")
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    (folder / "chat_template.jinja").write_text(_chat_template(source), encoding="utf-8")
+    generation = _json(source / "generation_config.json") if (source / "generation_config.json").exists() else {}
+    stop = generation.get("eos_token_id", checkpoint.config.text_config.eos_token_id)
+    stop_ids = [stop] if isinstance(stop, int) else list(stop or [])
+    return {**image_token_ids(checkpoint.config), "stop": stop_ids}
+
+
+def _chat_template(source: Path) -> str:
+    """The chat template, from any of the three places where checkpoints keep it."""
+    if (source / "chat_template.jinja").exists():
+        return (source / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (source / name).exists():
+            template = _json(source / name).get("chat_template")
+            if isinstance(template, str):
+                return template
+    raise CheckpointError(f"{source}: no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)")
+
+
+def _image_processor(checkpoint: Checkpoint, max_visual_tokens: int) -> ImageProcessorConfig:
+    """The checkpoint's image processor; larger images than the engine is built for are scaled down as its own limit would."""
+    file = checkpoint.path / "preprocessor_config.json"
+    if not file.exists():
+        raise CheckpointError(f"{file}: missing; it says how images are scaled and normalised")
+    config = ImageProcessorConfig.from_dict(_json(file))
+    limit = max_visual_tokens * config.factor**2
+    return replace(config, min_pixels=min(config.min_pixels, limit), max_pixels=min(config.max_pixels, limit))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object")
+    return values
+
+
+def _interface(model: ir.Model, file: str) -> dict[str, Any]:
+    return {
+        "file": file,
+        "inputs": [_tensor(value) for value in model.graph.inputs],
+        "outputs": [_tensor(value) for value in model.graph.outputs],
+    }
+
+
+def _tensor(value: ir.Value) -> dict[str, Any]:
+    assert value.dtype is not None and value.shape is not None
+    sizes = [size if isinstance(size, int) else str(size.value) for size in value.shape]
+    return {"name": value.name, "dtype": value.dtype.name.lower(), "shape": sizes}
+
+
+def _environment(seconds: float) -> dict[str, Any]:
+    versions = {name: metadata.version(name) for name in ("vflow-export", "torch", "transformers", "onnx")}
+    return {"python": platform.python_version(), **versions, "build_seconds": round(seconds, 1)}

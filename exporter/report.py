@@ -1,0 +1,102 @@
+"""What the commands show: tables of what a schedule saves, what a run took, what verification found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ..engines.manifest import Engine
+from ..engines.results import GenerationResult
+from .budget import cost
+from .schedule import unpruned_schedule
+
+if TYPE_CHECKING:
+    from .verify import Finding
+
+__all__ = ["build_table", "bytes_text", "run_lines", "verify_table"]
+
+REPORT_TEXT_TOKENS = 64  # prompt length at which FLOPs are shown
+
+
+def build_table(engine: Engine) -> Table:
+    """Visual tokens, FLOPs and KV bytes from stage to stage, before and after pruning, for the largest square image."""
+    side = math.isqrt(engine.limits.max_visual_tokens)
+    schedule, shape = engine.schedule, engine.shape
+    pruned = cost(schedule, shape, rows=side, columns=side, text_tokens=REPORT_TEXT_TOKENS)
+    full = cost(unpruned_schedule(), shape, rows=side, columns=side, text_tokens=REPORT_TEXT_TOKENS)
+    pixels = side * engine.image_processor.factor
+    title = f"{engine.model_name} · {engine.precision} · average keep {schedule.average_keep(shape.decoder.layers):.3f} · image of {pixels}×{pixels}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("part", "visual tokens", "GFLOP before", "after", "KV before", "after"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+
+    table.add_row("patches and merger", str(side * side), _giga(full.embed_flops), _giga(pruned.embed_flops), "", "")
+    if pruned.scoring_flops:
+        table.add_row("importance and merging", "", "0", _giga(pruned.scoring_flops), "", "")
+    for first, end in _runs(pruned.tower_tokens):
+        before, after = sum(full.tower_block_flops[first:end]), sum(pruned.tower_block_flops[first:end])
+        table.add_row(_span("tower", first, end), str(pruned.tower_tokens[first]), _giga(before), _giga(after), "", "")
+    per_token = 2 * shape.decoder.kv_heads * shape.decoder.head_dim * (2 if engine.precision == "fp16" else 4)
+    for first, end in _runs(pruned.decoder_tokens):
+        before, after = sum(full.decoder_layer_flops[first:end]), sum(pruned.decoder_layer_flops[first:end])
+        kv_before, kv_after = (sum(c.decoder_tokens[first:end]) * per_token for c in (full, pruned))
+        tokens = str(pruned.decoder_tokens[first])
+        table.add_row(_span("decoder", first, end), tokens, _giga(before), _giga(after), bytes_text(kv_before), bytes_text(kv_after))
+    table.add_section()
+    kv_before, kv_after = (sum(c.decoder_tokens) * per_token for c in (full, pruned))
+    saved = f"{full.flops / pruned.flops:.2f}× less" if pruned.flops < full.flops else ""
+    table.add_row("prefill", saved, _giga(full.flops), _giga(pruned.flops), bytes_text(kv_before), bytes_text(kv_after))
+    return table
+
+
+def run_lines(result: GenerationResult) -> Iterator[str]:
+    """What a run took, a line each."""
+    speed = f"{result.tokens_per_s:.0f} tokens/s" if result.tokens_per_s is not None else "one token"
+    yield f"first token    {result.ttft_s * 1e3:.0f} ms (vision {result.vision_s * 1e3:.0f}, prefill {result.prefill_s * 1e3:.0f}), then {speed}"
+    if result.visual_tokens:
+        stages = " → ".join(f"{stage.kept} ({stage.part} {stage.layer})" for stage in result.stages)
+        yield f"visual tokens  {result.visual_tokens}" + (f" → {stages}" if stages else ", nothing pruned")
+    kv = result.kv_bytes
+    yield f"KV cache       {bytes_text(kv.allocated)} allocated; visual part {bytes_text(kv.visual)} of {bytes_text(kv.visual_unpruned)} unpruned"
+
+
+def verify_table(engine: Engine, findings: Sequence[Finding], inputs: int, seconds: float) -> Table:
+    """One row a comparison."""
+    title = f"{engine.path} · {engine.precision} · {inputs} inputs · {seconds:.0f} s"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("", "compared", "worst", "allowed", ""):
+        table.add_column(heading, justify="right" if heading in ("worst", "allowed") else "left")
+    for finding in findings:
+        verdict = "[green]ok[/green]" if finding.passed else "[red]FAILED[/red]"
+        table.add_row(f"({finding.rung})", finding.quantity, f"{finding.worst:.3g}", f"{finding.tolerance:.3g}", verdict)
+    return table
+
+
+def bytes_text(count: int) -> str:
+    """Bytes with a binary unit."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _runs(tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of equal token counts: (first, end)."""
+    first = 0
+    for place in range(1, len(tokens) + 1):
+        if place == len(tokens) or tokens[place] != tokens[first]:
+            yield first, place
+            first = place
+
+
+def _span(part: str, first: int, end: int) -> str:
+    return f"{part} {first}" if end == first + 1 else f"{part} {first}–{end - 1}"
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:,.2f}"

@@ -1,0 +1,182 @@
+"""Verify: an engine against the model it was built from, on real inputs, one rung after another.
+
+    (a) the exported graphs with nothing pruned, against the Hugging Face model
+    (b) the engine's pruned graphs, against the PyTorch reference with the same schedule: survivors, then logits
+    (c) decoding step by step, against the same tokens in one chunk and, where pruning does not depend on the last token, in one prefill
+
+A rung says what it measured and where its tolerance comes from; none is skipped silently.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..engines.manifest import Engine
+from ..engines.preprocess import load_image, preprocess_image
+from ..engines.session import Session
+from .build import PRECISIONS, BuildOptions, build_engine
+from .checkpoint import Checkpoint, CheckpointError
+from .model import load_model
+from .reference import TorchBackend
+from .schedule import unpruned_schedule
+from .tiny.scenes import KINDS, samples
+
+__all__ = ["Finding", "VerifyInput", "generated_inputs", "verify_engine"]
+
+# fp32: the same operations in another order. Worst seen on the small model is in docs/quality.md, a tenth of this.
+FP32_LOGITS = 1e-4
+# fp16 carries 11 bits (2⁻¹¹ = 4.9e-4 relative) and every layer rounds anew, in another place in each framework: 1 % of the largest
+# logit is twenty roundings. Survivors may differ where importances differ by less than rounding.
+FP16_LOGITS_RELATIVE = 1e-2
+FP16_SURVIVORS = 0.95  # share of equal survivors
+DECODE_STEPS = 6
+VERIFY_SIZES = ((448, 448), (336, 448), (224, 168), (140, 280), (500, 230))  # pixels; the last is resized on the way
+VERIFY_SEED = 8_000_000  # held out
+
+
+@dataclass(frozen=True)
+class VerifyInput:
+    """An image and a question about it."""
+
+    image: NDArray[np.uint8]
+    prompt: str
+
+
+def generated_inputs(count: int) -> list[VerifyInput]:
+    """Questions about generated scenes of five sizes, square and not, in turn; held out from training."""
+    chosen = []
+    for number in range(count):
+        width, height = VERIFY_SIZES[number % len(VERIFY_SIZES)]
+        sample = next(samples(seed=VERIFY_SEED + number, count=1, kinds=[list(KINDS)[number % len(KINDS)]], width=width, height=height))
+        chosen.append(VerifyInput(sample.image, sample.question.prompt))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison: the largest difference over all inputs, and what it may be."""
+
+    rung: str
+    quantity: str
+    worst: float
+    tolerance: float
+    passed: bool
+
+
+def verify_engine(
+    engine: Engine, checkpoint: Checkpoint, inputs: Sequence[VerifyInput], *, progress: Callable[[str, float], None] = lambda phase, share: None
+) -> list[Finding]:
+    """Run all rungs.
+
+    Raises:
+        CheckpointError: the checkpoint is not the one that the engine was built from.
+    """
+    if engine.model_fingerprint != checkpoint.fingerprint:
+        raise CheckpointError(f"{checkpoint.name} ({checkpoint.fingerprint}) is not the model of this engine ({engine.model_fingerprint})")
+    model = load_model(checkpoint, PRECISIONS[engine.precision])
+    with tempfile.TemporaryDirectory(prefix="vflow-verify-") as folder:
+        options = BuildOptions(engine.precision, engine.limits.max_visual_tokens, engine.limits.max_text_tokens)
+        progress("build unpruned", 0.0)
+        unpruned = build_engine(checkpoint, unpruned_schedule(), Path(folder) / "unpruned", options)
+        findings = list(_against_hugging_face(Session(unpruned), model, inputs, progress))
+    session = Session(engine)
+    reference = Session(engine, backend=TorchBackend(model, engine.shape, engine.schedule, engine.segments))
+    findings += _against_reference(session, reference, inputs, progress)
+    findings += _decoding(session, inputs, progress)
+    return findings
+
+
+def _logits_finding(rung: str, precision: str, quantity: str, differences: Sequence[float], largest: float) -> Finding:
+    tolerance = FP32_LOGITS if precision == "fp32" else FP16_LOGITS_RELATIVE * largest
+    worst = max(differences)
+    return Finding(rung, quantity, worst, tolerance, worst <= tolerance)  # NaN fails
+
+
+def _against_hugging_face(session: Session, model: Any, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]) -> Iterator[Finding]:
+    differences, largest = [], 0.0
+    for number, item in enumerate(inputs):
+        progress("(a) against Hugging Face", number / len(inputs))
+        ours = session.prefill(session.prepare(item.prompt, [item.image])).logits
+        theirs = hugging_face_logits(session, model, item)
+        differences.append(float(np.abs(ours - theirs).max()))
+        largest = max(largest, float(np.abs(theirs).max()))
+    yield _logits_finding("a", session.engine.precision, "logits, nothing pruned, against Hugging Face", differences, largest)
+
+
+@torch.inference_mode()
+def hugging_face_logits(session: Session, model: Any, item: VerifyInput) -> NDArray[np.float32]:
+    """The Hugging Face model's logits of the last token: its own merging of embeddings, positions and masks."""
+    engine = session.engine
+    patches = preprocess_image(load_image(item.image), engine.image_processor)
+    rows, columns = (side // engine.shape.tower.merge_size for side in patches.grid_thw[1:])
+    tokens = session.encoder.encode(item.prompt, 1)
+    expanded = [t for token in tokens for t in ([token] * (rows * columns) if token == engine.tokens.image else [token])]
+    input_ids = torch.tensor([expanded])
+    output = model(
+        input_ids=input_ids,
+        mm_token_type_ids=(input_ids == engine.tokens.image).int(),
+        pixel_values=torch.from_numpy(patches.pixel_values).to(model.dtype),
+        image_grid_thw=torch.tensor([patches.grid_thw]),
+        use_cache=False,
+        logits_to_keep=1,
+    )
+    logits: NDArray[np.float32] = output.logits[0, -1].float().numpy()
+    return logits
+
+
+def _against_reference(
+    session: Session, reference: Session, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]
+) -> Iterator[Finding]:
+    precision = session.engine.precision
+    shares, differences, largest = [], [], 0.0
+    for number, item in enumerate(inputs):
+        progress("(b) against the reference", number / len(inputs))
+        ours, theirs = session.prepare(item.prompt, [item.image]), reference.prepare(item.prompt, [item.image])
+        mine, other = ours.survivors[0].index, theirs.survivors[0].index
+        shares.append(len(np.intersect1d(mine, other)) / max(len(mine), len(other)))
+        if precision == "fp16":  # different survivors would hide what the language graph does: both get the engine's
+            theirs = ours
+        ours_logits, theirs_logits = session.prefill(ours).logits, reference.prefill(theirs).logits
+        differences.append(float(np.abs(ours_logits - theirs_logits).max()))
+        largest = max(largest, float(np.abs(theirs_logits).max()))
+    wanted = 1.0 if precision == "fp32" else FP16_SURVIVORS
+    yield Finding("b", "share of equal survivors (least)", min(shares), wanted, min(shares) >= wanted)
+    yield _logits_finding("b", precision, "logits, pruned, against the PyTorch reference", differences, largest)
+
+
+def _decoding(session: Session, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]) -> Iterator[Finding]:
+    """The caches after a prefill must mean the same however the following tokens arrive."""
+    precision = session.engine.precision
+    in_chunk, in_prefill, largest = [], [], 0.0
+    for number, item in enumerate(inputs):
+        progress("(c) step by step", number / len(inputs))
+        prepared = session.prepare(item.prompt, [item.image])
+        step = session.prefill(prepared)
+        tokens = []
+        for _ in range(DECODE_STEPS):  # stop tokens too: these are numbers, not an answer
+            token = int(step.logits.argmax())
+            tokens.append(token if token != session.engine.tokens.image else 0)
+            step = session.decode(tokens[-1])
+        stepwise = step.logits
+        largest = max(largest, float(np.abs(stepwise).max()))
+        session.prefill(prepared)
+        in_chunk.append(float(np.abs(session.extend(tokens).logits - stepwise).max()))
+        if session.engine.schedule.guidance_weight == 0:
+            extra = np.arange(DECODE_STEPS) + prepared.next_position
+            longer = replace(
+                prepared,
+                input_ids=np.concatenate([prepared.input_ids, tokens]),
+                position_ids=np.concatenate([prepared.position_ids, np.tile(extra, (3, 1))], 1),
+            )
+            in_prefill.append(float(np.abs(session.prefill(longer).logits - stepwise).max()))
+    yield _logits_finding("c", precision, "logits, step by step against one chunk", in_chunk, largest)
+    if in_prefill:
+        yield _logits_finding("c", precision, "logits, step by step against one prefill", in_prefill, largest)
