@@ -22,7 +22,8 @@ PUBLISHED = {
     0.10: (0.117, 1.0, 39.3, 17.4),
 }
 FIRST_SHARE = 1.3  # first stage of `progressive`, in average keeps: more tokens early, where the decoder still reads them
-TOWER_STAGES = ((1 / 2, 512), (3 / 4, 384))  # depth and keep: half the groups from the middle on, three eighths later
+TOWER_KEEPS = (512, 256)  # half of the tokens from the first tower stage on, a quarter from the second
+FIRST_TOWER_BLOCK = 2  # never earlier: block 0's attention ranks no better than chance (docs/algorithm.md, section 4)
 
 
 def preset_schedule(name: str, shape: ModelShape, keep: float) -> Schedule:
@@ -49,8 +50,9 @@ def _progressive(shape: ModelShape, keep: float) -> Schedule:
 def _tower(shape: ModelShape, keep: float) -> Schedule:
     decoder = _progressive(shape, keep).stages
     first = decoder[0].keep if decoder else KEEP_UNIT
-    places = {max(1, round(depth * shape.tower.blocks)): stage_keep for depth, stage_keep in TOWER_STAGES}
-    tower = tuple(Stage("tower", block, max(stage_keep, first)) for block, stage_keep in places.items() if block < shape.tower.blocks)
+    early = max(FIRST_TOWER_BLOCK, shape.tower.blocks // 8)
+    places = (early, max(early + 1, 3 * shape.tower.blocks // 8))
+    tower = [Stage("tower", block, max(kept, first)) for block, kept in zip(places, TOWER_KEEPS, strict=True) if block < shape.tower.blocks]
     return Schedule(stages=(*tower, *decoder))
 
 

@@ -1,0 +1,38 @@
+# The two commands of the README. Each sets itself up from nothing and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(wildcard exporter/*.py exporter/*/*.py exporter/tiny/checkpoint/* plugins/*.py engines/*.py engines/*/*.py)
+
+.PHONY: demo test test-slow lint clean
+
+demo: out/tiny-keep-10/manifest.json out/tiny-unpruned/manifest.json
+	@$(BIN)/python tools/demo.py out/tiny-unpruned out/tiny-keep-10
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+out/tiny-keep-10/manifest.json: $(READY) $(SOURCES)
+	@$(BIN)/vflow-export build --model tiny --keep 0.1 --output $(@D) --force
+
+out/tiny-unpruned/manifest.json: $(READY) $(SOURCES)
+	@$(BIN)/vflow-export build --model tiny --output $(@D) --force
+
+# torch first and pinned, so that nothing pulls another build of it.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
