@@ -17,7 +17,7 @@ import torch
 from ..engines.directory import kv_segments, open_engine, write_engine_directory
 from ..engines.manifest import MANIFEST_FORMAT, Engine
 from ..engines.preprocess import ImageProcessorConfig
-from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from .checkpoint import Checkpoint, CheckpointError
 from .model import pruned_graphs, shapes_only
 from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
 from .onnx_writer import write_graphs
@@ -57,6 +57,7 @@ def build_engine(
     shape = model_shape(checkpoint.config)
     schedule.check(shape, fingerprint=checkpoint.fingerprint)
     _check_limits(checkpoint, options)
+    image_processor = _image_processor(checkpoint, options.max_visual_tokens)
     manifest: dict[str, Any] = {}
     with write_engine_directory(output, manifest, force=options.force) as folder:
         tokens = _copy_text_files(checkpoint, folder)
@@ -83,7 +84,7 @@ def build_engine(
             limits={"max_visual_tokens": options.max_visual_tokens, "max_text_tokens": options.max_text_tokens},
             segments=[vars(segment) for segment in segments],
             tokens=tokens,
-            image_processor=vars(_image_processor(checkpoint, options.max_visual_tokens)),
+            image_processor=vars(image_processor),
             graphs={"vision": _interface(vision, VISION_FILE), "language": _interface(language, LANGUAGE_FILE)},
             environment=_environment(time.monotonic() - started),
         )
@@ -106,7 +107,9 @@ def _copy_text_files(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     (folder / "chat_template.jinja").write_text(_chat_template(source), encoding="utf-8")
     generation = _json(source / "generation_config.json") if (source / "generation_config.json").exists() else {}
     stop = generation.get("eos_token_id", checkpoint.config.text_config.eos_token_id)
-    stop_ids = [stop] if isinstance(stop, int) else list(stop or [])
+    stop_ids = list(stop or []) if isinstance(stop, (list, type(None))) else [stop]
+    if not all(type(token) is int for token in stop_ids):
+        raise CheckpointError(f"{source / 'generation_config.json'}: eos_token_id must be a token id or a list of them, got {stop!r:.60}")
     return {**image_token_ids(checkpoint.config), "stop": stop_ids}
 
 
@@ -127,7 +130,17 @@ def _image_processor(checkpoint: Checkpoint, max_visual_tokens: int) -> ImagePro
     file = checkpoint.path / "preprocessor_config.json"
     if not file.exists():
         raise CheckpointError(f"{file}: missing; it says how images are scaled and normalised")
-    config = ImageProcessorConfig.from_dict(_json(file))
+    try:
+        config = ImageProcessorConfig.from_dict(_json(file))
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{file}: not an image processor ({error})") from None
+    vision = checkpoint.config.vision_config
+    if (config.patch_size, config.temporal_patch_size, config.merge_size) != (
+        vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size,
+    ):  # fmt: skip
+        raise CheckpointError(f"{file}: patch_size, temporal_patch_size and merge_size must be those of vision_config in config.json")
+    if not (len(config.image_mean) == len(config.image_std) == 3 and min(config.image_std) > 0 and 0 < config.min_pixels <= config.max_pixels):
+        raise CheckpointError(f"{file}: image_mean and image_std must be three numbers (image_std positive), and 0 < min_pixels <= max_pixels")
     limit = max_visual_tokens * config.factor**2
     return replace(config, min_pixels=min(config.min_pixels, limit), max_pixels=min(config.max_pixels, limit))
 
@@ -135,7 +148,7 @@ def _image_processor(checkpoint: Checkpoint, max_visual_tokens: int) -> ImagePro
 def _json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: must hold a JSON object")

@@ -66,9 +66,9 @@ def _from_hub(model: str, repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
     except RepositoryNotFoundError:
         raise CheckpointError(f"{model}: the hub has no model {repository} (or it needs a login: hf auth login)") from None
-    except (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         raise CheckpointError(
-            f"{model}: {repository} is not in the local cache and the hub cannot be reached ({type(error).__name__}); "
+            f"{model}: {repository} is not in the local cache and the hub cannot be reached; "
             "connect, or download it elsewhere and give its folder as --model"
         ) from None
 
@@ -125,12 +125,19 @@ class TensorReader:
         self._stack.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, as stored."""
-        from safetensors import safe_open
+        """One tensor, as stored.
+
+        Raises:
+            CheckpointError: tensors that overlap or leave gaps, or a file that has changed since it was checked.
+        """
+        from safetensors import SafetensorError, safe_open
 
         file = self._checkpoint.tensors[name].file
         if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(file, "pt"))
+            try:
+                self._open[file] = self._stack.enter_context(safe_open(file, "pt"))
+            except SafetensorError as error:
+                raise CheckpointError(f"{file}: damaged safetensors ({_first_line(error)}); download it again") from None
         tensor: torch.Tensor = self._open[file].get_tensor(self._checkpoint.disk_names[name])
         return tensor
 
@@ -157,13 +164,13 @@ def open_checkpoint(model: str) -> Checkpoint:
 def _read_config(path: Path) -> Qwen2VLConfig:
     file = path / "config.json"
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing; give the folder of a Hugging Face checkpoint") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
     family = values.get("model_type") if isinstance(values, dict) else None
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(f"{file}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2VLConfig
@@ -172,19 +179,46 @@ def _read_config(path: Path) -> Qwen2VLConfig:
         config = Qwen2VLConfig.from_dict(values)
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: not a valid {FAMILIES[family]} configuration ({_first_line(error)})") from None
-    if config.text_config.use_sliding_window:
-        raise CheckpointError(f"{file}: use_sliding_window is not supported; set it to false if the model was trained without it")
+    problem = _config_problem(config)
+    if problem:
+        raise CheckpointError(f"{file}: {problem}")
     return config
+
+
+def _config_problem(config: Qwen2VLConfig) -> str | None:
+    """What the graphs would compute wrongly or fail at, of what transformers lets pass."""
+    text, vision = config.text_config, config.vision_config
+    if text.use_sliding_window:
+        return "use_sliding_window is not supported; set it to false if the model was trained without it"
+    rope = text.rope_parameters or {}
+    if rope.get("rope_type", "default") != "default":
+        return f"rope_type {rope['rope_type']!r} is not supported (supported: default)"
+    sizes = {
+        "text_config": ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"),
+        "vision_config": ("depth", "embed_dim", "num_heads", "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size"),
+    }
+    for part, names in sizes.items():
+        for name in names:
+            if getattr(config, part).__dict__[name] < 1:
+                return f"{part}.{name} must be at least 1"
+    if text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads:
+        return "text_config.num_attention_heads must divide hidden_size into heads of even width, and be a multiple of num_key_value_heads"
+    if vision.embed_dim % (4 * vision.num_heads):
+        return "vision_config.num_heads must divide embed_dim into heads whose width is a multiple of 4"
+    sections = rope.get("mrope_section")
+    if not isinstance(sections, list) or len(sections) != 3 or 2 * sum(sections) != text.hidden_size // text.num_attention_heads:
+        return "text_config.rope_parameters.mrope_section must be three whole numbers that sum to half of the width of a head"
+    return None
 
 
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [path / name for name in names]
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(f"{index}: not a safetensors index; download it again") from None
-        files = [path / name for name in names]
         if any(file.parent != path for file in files):
             raise CheckpointError(f"{index}: names a file outside the folder; download it again")
         missing = [file.name for file in files if not file.is_file()]
@@ -215,13 +249,16 @@ def _read_header(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             raise CheckpointError(damaged)
         for name, entry in entries:
             shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-            if end - start != _count(shape) * BYTES_OF.get(entry["dtype"], 0):
+            whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+            if not whole or entry["dtype"] not in BYTES_OF or end - start != _count(shape) * BYTES_OF[entry["dtype"]]:
                 raise CheckpointError(f"{file}: tensor {name} of dtype {entry['dtype']} is damaged or not supported")
             yield name, entry["dtype"], shape
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(damaged) from None
+    except CheckpointError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(damaged) from None
 
 
 def _canonical(name: str) -> str:

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..engines.errors import EngineError
-from ..engines.preprocess import ImageError
 from .schedule import ScheduleError
 
 __all__ = ["main"]
@@ -27,10 +26,11 @@ err = Console(stderr=True)
 def one_line_errors() -> Iterator[None]:
     """Turn what users can mend into one line on stderr and exit code 1."""
     from .checkpoint import CheckpointError
+    from .evaluate import DataError
 
     try:
         yield
-    except (CheckpointError, ScheduleError, EngineError, ImageError) as error:
+    except (CheckpointError, DataError, EngineError, ScheduleError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; nothing was left behind") from None
@@ -185,6 +185,44 @@ def verify(engine_path: Path, model: str | None, images: tuple[str, ...], prompt
             Console().print(verify_table(engine, findings, len(inputs), time.monotonic() - began))
     if not all(finding.passed for finding in findings):
         raise click.ClickException("verification failed; do not deploy this engine")
+
+
+@main.command()
+@click.argument("engine_paths", metavar="ENGINE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path, dir_okay=False), help="Labelled JSONL.  [default: generated scenes of the small model]")
+@click.option("--samples", type=click.IntRange(1), default=200, show_default=True, help="How many generated scenes.")
+@click.option("--side", type=click.IntRange(56), default=448, show_default=True, help="Pixels of the generated, square scenes.")
+@click.option("--kinds", help="Kinds of generated questions, comma-separated.  [default: those the small model was trained for]")
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Where ONNX Runtime computes.  [default: CUDA where present]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object an engine instead of a table.")
+def evaluate(
+    engine_paths: tuple[Path, ...], data: Path | None, samples: int, side: int, kinds: str | None, provider: str | None,
+    threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Share of right answers of one or several engines on the same labelled data, per kind of question."""
+    with one_line_errors():
+        from ..engines import Session, open_engine
+        from .evaluate import evaluate_session, generated_samples, read_samples
+        from .report import evaluation_table
+        from .tiny.scenes import KINDS
+        from .tiny.trained import TRAINED_KINDS
+
+        chosen = kinds.split(",") if kinds else list(TRAINED_KINDS)
+        unknown = [kind for kind in chosen if kind not in KINDS]
+        if unknown:
+            raise click.UsageError(f"--kinds: {unknown[0]!r} is unknown; one of {', '.join(KINDS)}")
+        questions = read_samples(data) if data is not None else list(generated_samples(samples, chosen, side))
+        results = []
+        with progress_bar() as progress:
+            for path in engine_paths:
+                session = Session(open_engine(path), provider=provider, threads=threads)
+                results.append(evaluate_session(session, questions, name=str(path), progress=progress))
+        if as_json:
+            for result in results:
+                click.echo(json.dumps(result.to_dict()))
+        else:
+            Console().print(evaluation_table(results))
 
 
 @main.command()

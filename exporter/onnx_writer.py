@@ -102,10 +102,10 @@ def _dtype(value: ir.Value) -> ir.DataType:
 
 def _bytes(value: ir.Value) -> int:
     assert isinstance(value.shape, ir.Shape)
-    count = 1
+    bits = _dtype(value).bitwidth
     for size in value.shape:
-        count *= int(size)  # type: ignore[arg-type]  # weights have fixed sizes
-    return count * _dtype(value).itemsize
+        bits *= int(size)  # type: ignore[arg-type]  # weights have fixed sizes
+    return bits // 8
 
 
 def _check(checkpoint: Checkpoint, name: str, value: ir.Value) -> None:
@@ -114,8 +114,9 @@ def _check(checkpoint: Checkpoint, name: str, value: ir.Value) -> None:
     if info is None:
         raise CheckpointError(f"{checkpoint.path}: the weights lack {source}; the checkpoint is incomplete or of another architecture")
     assert isinstance(value.shape, ir.Shape)
-    shape = tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
-    if (shape[::-1] if name.endswith(".T") else shape) != info.shape:
+    stored = tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
+    shape = stored[::-1] if name.endswith(".T") else stored
+    if shape != info.shape:
         raise CheckpointError(f"{info.file}: {source} is {list(info.shape)}, config.json asks for {list(shape)}")
 
 

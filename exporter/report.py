@@ -15,9 +15,10 @@ from .budget import cost
 from .schedule import unpruned_schedule
 
 if TYPE_CHECKING:
+    from .evaluate import Evaluation
     from .verify import Finding
 
-__all__ = ["build_table", "bytes_text", "run_lines", "verify_table"]
+__all__ = ["build_table", "bytes_text", "evaluation_table", "run_lines", "verify_table"]
 
 REPORT_TEXT_TOKENS = 64  # prompt length at which FLOPs are shown
 
@@ -73,6 +74,23 @@ def verify_table(engine: Engine, findings: Sequence[Finding], inputs: int, secon
     for finding in findings:
         verdict = "[green]ok[/green]" if finding.passed else "[red]FAILED[/red]"
         table.add_row(f"({finding.rung})", finding.quantity, f"{finding.worst:.3g}", f"{finding.tolerance:.3g}", verdict)
+    return table
+
+
+def evaluation_table(results: Sequence[Evaluation]) -> Table:
+    """A column an engine: accuracy with its interval, per kind, and what it cost."""
+    table = Table(title=f"{results[0].total.n} questions, share of right answers", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("")
+    for result in results:
+        table.add_column(result.engine, justify="right", overflow="fold")
+    table.add_row("average keep", *(f"{result.average_keep:.3f}" for result in results))
+    table.add_row("all kinds", *(f"{result.total.accuracy:.3f}" for result in results))
+    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*result.total.interval) for result in results), end_section=True)
+    for kind in results[0].by_kind:
+        table.add_row(kind, *(f"{result.by_kind[kind].accuracy:.3f}" for result in results))
+    table.add_section()
+    table.add_row("visual tokens", *(f"{result.visual_tokens:.0f} → {result.kept:.0f}" for result in results))
+    table.add_row("KV cache, visual", *(bytes_text(result.kv_visual_bytes) for result in results))
     return table
 
 

@@ -23,8 +23,8 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Stage",
-    "cell_of",
     "cell_count",
+    "cell_of",
     "keep_count",
     "load_schedule",
     "unpruned_schedule",
@@ -48,8 +48,8 @@ def keep_count(tokens: int, keep: int) -> int:
     return (tokens * keep + KEEP_UNIT - 1) // KEEP_UNIT
 
 
-def cell_of(position: int, cell: int) -> int:
-    """Grid cell along one axis of a token at ``position``, for cells of ``cell``/1024 tokens."""
+def cell_of(position: Any, cell: int) -> Any:
+    """Grid cell along one axis of a token at ``position`` (a number or a tensor of them), for cells of ``cell``/1024 tokens."""
     return position * KEEP_UNIT // cell
 
 
@@ -149,6 +149,16 @@ class Schedule:
             raise ScheduleError(f"guidance_weight must be in [0, 1], got {self.guidance_weight!r}")
         if not isinstance(self.renumber_first_stage, bool):
             raise ScheduleError(f"renumber_first_stage must be true or false, got {self.renumber_first_stage!r}")
+        if not all(isinstance(stage, Stage) for stage in self.stages):
+            raise ScheduleError("stages must hold stages")
+        if self.model is not None and not isinstance(self.model, str):
+            raise ScheduleError(f"model must be a fingerprint or null, got {self.model!r:.60}")
+        if not isinstance(self.provenance, Mapping):
+            raise ScheduleError(f"provenance must be a JSON object, got {self.provenance!r:.60}")
+        try:
+            json.dumps(dict(self.provenance), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ScheduleError(f"provenance must hold JSON values only ({error})") from None
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if _order(after) <= _order(before):
                 raise ScheduleError(
@@ -228,7 +238,7 @@ class Schedule:
 
     def save(self, path: str | Path) -> None:
         """Write ``schedule.json``."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_dict(cls, values: Any) -> Schedule:
@@ -248,7 +258,8 @@ class Schedule:
             raise ScheduleError("stages must be a list")
         made = tuple(_build(Stage, stage, "stages[]") for stage in stages)
         importance = _build(Importance, values.pop("importance", {}), "importance")
-        return _build(cls, {**values, "stages": made, "importance": importance}, "schedule")
+        schedule: Schedule = _build(cls, {**values, "stages": made, "importance": importance}, "schedule")
+        return schedule
 
 
 def load_schedule(path: str | Path) -> Schedule:
@@ -258,13 +269,13 @@ def load_schedule(path: str | Path) -> Schedule:
         ScheduleError: missing, not JSON, or not a valid schedule; the message starts with the path.
     """
     try:
-        return Schedule.from_dict(json.loads(Path(path).read_text()))
+        return Schedule.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise ScheduleError(f"{path}: {error.strerror or error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{path}: not JSON ({error})") from None
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ScheduleError(f"{path}: not JSON ({error})") from None
 
 
 def unpruned_schedule() -> Schedule:
@@ -294,4 +305,4 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))  # isfinite itself fails at large whole numbers

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,5 +75,5 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def _standard(op: str, inputs: Sequence[Tensor | None], attributes: dict[str, int | float | str], like: Tensor) -> Tensor:
+def _standard(op: str, inputs: Sequence[Tensor | None], attributes: dict[str, Any], like: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=like.dtype, shape=like.shape, version=OPSET)

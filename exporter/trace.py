@@ -112,7 +112,8 @@ class _VisionEntry(nn.Module):
         self.walk = graph
 
     def forward(self, pixel_values: Tensor, entropy: Tensor | None = None, budget_tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.walk(pixel_values, entropy, budget_tokens)
+        outputs: tuple[Tensor, Tensor, Tensor] = self.walk(pixel_values, entropy, budget_tokens)
+        return outputs
 
 
 class _LanguageEntry(nn.Module):
@@ -132,9 +133,10 @@ class _LanguageEntry(nn.Module):
         past_lengths: Tensor,
         past_key_values: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        return self.walk(
+        outputs: tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]] = self.walk(
             input_ids, position_ids, visual_embeds, visual_positions, importance, budget_tokens, past_lengths, past_key_values
         )
+        return outputs
 
 
 def _export(entry: nn.Module, arguments: dict[str, Any], sizes: dict[str, Any], outputs: list[str]) -> ir.Model:
@@ -146,6 +148,8 @@ def _export(entry: nn.Module, arguments: dict[str, Any], sizes: dict[str, Any], 
     assert program is not None
     model = program.model
     _optimize_around_weights(model)
+    for node in model.graph.all_nodes():  # the exporter notes stack traces: paths of this machine, and most of the file
+        node.metadata_props.clear()
     used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
     for name in sorted(used):
         function = ir.serde.deserialize_function(FUNCTIONS[name])
@@ -173,14 +177,14 @@ def _optimize_around_weights(model: ir.Model) -> None:
     """Fold constants and drop dead nodes; the weights are only shapes yet and pass through as if they were inputs."""
     weights = list(model.graph.initializers.values())
     for value in weights:
-        del model.graph.initializers[value.name]
+        del model.graph.initializers[str(value.name)]
         value.const_value = None
     model.graph.inputs.extend(weights)
     onnxscript.optimizer.optimize_ir(model)
     del model.graph.inputs[len(model.graph.inputs) - len(weights) :]
     for value in weights:
         if value.uses():
-            model.graph.initializers[value.name] = value
+            model.graph.initializers[str(value.name)] = value
 
 
 @contextlib.contextmanager

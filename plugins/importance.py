@@ -38,7 +38,7 @@ def row_log_sum_exp(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
     """
     if is_tracing():
         return emit("RowLogSumExp", (query, key), {"scale": scale}, [(torch.float32, query.shape[:2])])[0]
-    chunks = [torch.logsumexp(_scores(rows, key, scale), -1) for rows in query.split(ROW_CHUNK, 1)]
+    chunks = [torch.logsumexp(_scores(rows, key, scale), -1) for rows in torch.split(query, ROW_CHUNK, 1)]
     return torch.cat(chunks, 1)
 
 
@@ -56,7 +56,7 @@ def masked_column_mean(query: Tensor, key: Tensor, row_lse: Tensor, row_mask: Te
         return emit("MaskedColumnMean", (query, key, row_lse, row_mask), {"scale": scale}, [output])[0]
     heads, patches = key.shape[:2]
     total = torch.zeros(heads, patches, dtype=torch.float32, device=key.device)
-    for rows, lse, mask in zip(query.split(ROW_CHUNK, 1), row_lse.split(ROW_CHUNK, 1), row_mask.split(ROW_CHUNK), strict=True):
+    for rows, lse, mask in zip(torch.split(query, ROW_CHUNK, 1), torch.split(row_lse, ROW_CHUNK, 1), torch.split(row_mask, ROW_CHUNK), strict=True):
         attention = torch.exp(_scores(rows, key, scale) - lse[..., None])  # [H, chunk, P]
         total += (attention * mask.float()[:, None]).sum(1)
     return total.mean(0) / row_mask.sum()

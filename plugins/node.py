@@ -43,7 +43,7 @@ def emit(op: str, inputs: Sequence[Tensor], attributes: Attributes, outputs: Seq
 
 def length_tensor(length: int | torch.SymInt, like: Tensor) -> Tensor:
     """A size as int64 [1], the form in which nodes take counts."""
-    return torch.full((1,), length, dtype=torch.int64, device=like.device)
+    return torch.full((1,), length, dtype=torch.int64, device=like.device)  # type: ignore[arg-type]  # sizes are symbolic when traced
 
 
 def function_body(text: str) -> onnx.FunctionProto:

@@ -15,7 +15,6 @@ from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-
 from vflow.engines import Session, open_engine
 from vflow.engines.results import GenerationResult
 from vflow.exporter.report import bytes_text

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
 from vflow.exporter.checkpoint import resolve_model
 
 SHARD_BYTES = 1 << 30

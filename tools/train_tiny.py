@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
 from vflow.exporter.tiny.scenes import COLORS, KINDS, NUMBERS, PLURALS, SHAPES, Scene, ask, render, sample_scene, samples
 
@@ -42,8 +41,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
 PREFIX = 3  # chat tokens before the image: im_start, user, vision_start
-BRANCH = 19  # tokens of the longest question with its one-word answer
-LIST_BRANCH = 28  # tokens of the list with five objects
+# Tokens of the longest question of a kind with its answer; the list has room for five objects.
+BRANCH = {"list": 28, "horizontal": 19, "vertical": 19}
+DEFAULT_BRANCH = 14
 DECODER_AUX_LAYER = 2  # after this many layers visual tokens must know where they are
 TARGET_TOKENS = 12_500  # tower patches + decoder tokens of one batch, about 32 images at 168 pixels
 
@@ -154,10 +154,16 @@ def curriculum(progress: float, rng: np.random.Generator) -> tuple[int, int, int
     if progress < 0.10:
         return int(rng.choice([112, 140, 168])), int(rng.choice([112, 140])), 2
     most = 3 if progress < 0.2 else 5
-    large = 0.0 if progress < 0.3 else 0.12 if progress < 0.75 else 0.35
+    large = 0.0 if progress < 0.3 else 0.4 if progress < 0.7 else 0.6  # attention over 256 tokens has to be learned on 256 tokens
     if rng.random() < large:
         return int(rng.choice([336, 448])), int(rng.choice([336, 448])), most
     return int(rng.choice([168, 196, 224])), int(rng.choice([140, 168, 224])), most
+
+
+def branch_lengths(kinds: Sequence[str], questions: int) -> list[int]:
+    """Lengths of the parallel branches of one image: ``questions`` short ones, and the list where it is asked."""
+    short = max((BRANCH.get(kind, DEFAULT_BRANCH) for kind in kinds if kind != "list"), default=0)
+    return [short] * (questions if short else 0) + ([BRANCH["list"]] if "list" in kinds else [])
 
 
 def make_batch(rng: np.random.Generator, progress: float, kinds: Sequence[str], questions: int) -> dict[str, np.ndarray]:
@@ -165,14 +171,15 @@ def make_batch(rng: np.random.Generator, progress: float, kinds: Sequence[str], 
     width, height, most = curriculum(progress, rng)
     tokens = (width // 28) * (height // 28)
     asked = [k for k in kinds if k != "list"]
-    lengths = [BRANCH] * questions + ([LIST_BRANCH] if "list" in kinds else [])
+    lengths = branch_lengths(kinds, questions)
+    wanted = len(lengths) - ("list" in kinds)
     size = max(4, round(TARGET_TOKENS / (5 * tokens + sum(lengths) + 5)))
     rows: dict[str, list[np.ndarray]] = defaultdict(list)
     while len(rows["pixels"]) < size:
         scene = sample_scene(rng, width=width, height=height, max_objects=most)
         chosen = []
         order = list(rng.permutation(len(asked))) * 3
-        while len(chosen) < questions and order:
+        while len(chosen) < wanted and order:
             question = ask(scene, rng, asked[order.pop(0)])
             if question:
                 chosen.append(question)
@@ -366,7 +373,7 @@ def answers(model: Qwen2VLForConditionalGeneration, items: Sequence[Any], batch:
             cache, step_positions = None, positions[:, None].expand(3, len(chosen), -1)
             out: list[list[int]] = [[] for _ in chosen]
             done = [False] * len(chosen)
-            for _ in range(LIST_BRANCH):
+            for _ in range(BRANCH["list"]):
                 step = model.model.language_model(inputs_embeds=embeds, position_ids=step_positions, past_key_values=cache, use_cache=True)
                 cache = step.past_key_values
                 token = model.lm_head(step.last_hidden_state[:, -1]).argmax(-1)
@@ -383,7 +390,9 @@ def answers(model: Qwen2VLForConditionalGeneration, items: Sequence[Any], batch:
     return [result[i] for i in range(len(items))]
 
 
-def accuracy(model: Qwen2VLForConditionalGeneration, kinds: Sequence[str], *, count: int, side: int = 448, seed: int = HELD_OUT_SEED) -> dict[str, float]:
+def accuracy(
+    model: Qwen2VLForConditionalGeneration, kinds: Sequence[str], *, count: int, side: int = 448, seed: int = HELD_OUT_SEED
+) -> dict[str, float]:
     items = list(samples(seed=seed, count=count, kinds=kinds, width=side, height=side))
     right: dict[str, list[bool]] = defaultdict(list)
     for item, answer in zip(items, answers(model, items), strict=True):
@@ -404,9 +413,7 @@ def save_checkpoint(model: Qwen2VLForConditionalGeneration, folder: Path) -> Non
     words = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?.,!]"), "isolated")]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?.,!]"), "isolated")])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=[w for w in SPECIAL if w not in ("<unk>", "<|im_end|>", "<|endoftext|>")],
@@ -425,7 +432,9 @@ def save_checkpoint(model: Qwen2VLForConditionalGeneration, folder: Path) -> Non
         "image_mean": processor.image_mean, "image_std": processor.image_std, "do_resize": True, "do_rescale": True, "do_normalize": True,
         "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
     }, indent=2) + "\n")  # fmt: skip
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": words.index("<|im_end|>"), "pad_token_id": 0, "do_sample": False}, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": words.index("<|im_end|>"), "pad_token_id": 0, "do_sample": False}, indent=2) + "\n"
+    )
 
 
 def main() -> None:
@@ -461,8 +470,7 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
     torch.set_num_threads(args.threads)
     model = Qwen2VLForConditionalGeneration._from_config(model_config(args), dtype=torch.float32)
     trainee = Trainee(model)
-    branches = [BRANCH] * args.questions + ([LIST_BRANCH] if "list" in kinds else [])
-    ropes = Ropes(model.config, branches)
+    ropes = Ropes(model.config, branch_lengths(kinds, args.questions))
     matrices = [p for n, p in trainee.named_parameters() if p.ndim == 2 and ("blocks" in n or "layers" in n or "merger" in n)]
     muon = Muon(matrices)
     chosen = {id(p) for p in matrices}
@@ -500,7 +508,18 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
         rows, columns = batch["grid"].tolist()
         grid_xy, tower_rope, rope, mask = ropes(rows, columns)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = run(batch["pixels"].bfloat16(), batch["tokens"], batch["labels"], batch["shape"], batch["color"], batch["center"], grid_xy, tower_rope, rope, mask)
+            losses = run(
+                batch["pixels"].bfloat16(),
+                batch["tokens"],
+                batch["labels"],
+                batch["shape"],
+                batch["color"],
+                batch["center"],
+                grid_xy,
+                tower_rope,
+                rope,
+                mask,
+            )
             aux = 0.5 * (1 - 0.8 * progress)
             total = losses["answer"] + aux * (losses["shape"] + losses["color"] + losses["center"]) + 0.3 * losses["position"]
         total.backward()
@@ -512,7 +531,12 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
         for name, value in losses.items():
             sums[name] += float(value)
         if step % 50 == 0:
-            entry = {"step": step, "minutes": round(elapsed, 2), "seconds_per_step": round((time.monotonic() - clock) / since, 3), **{n: round(v / 50, 4) for n, v in sums.items()}}
+            entry = {
+                "step": step,
+                "minutes": round(elapsed, 2),
+                "seconds_per_step": round((time.monotonic() - clock) / since, 3),
+                **{n: round(v / 50, 4) for n, v in sums.items()},
+            }
             sums.clear()
             print(json.dumps(entry), flush=True)
             log.write(json.dumps(entry) + "\n")
@@ -521,16 +545,26 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
             evaluated = elapsed
             table = accuracy(model, kinds, count=20 * len(kinds))
             small = accuracy(model, kinds, count=20 * len(kinds), side=196)
-            entry = {"step": step, "minutes": round(elapsed, 2), "accuracy_448": {n: round(v, 3) for n, v in table.items()}, "accuracy_196": {n: round(v, 3) for n, v in small.items()}}
+            entry = {
+                "step": step,
+                "minutes": round(elapsed, 2),
+                "accuracy_448": {n: round(v, 3) for n, v in table.items()},
+                "accuracy_196": {n: round(v, 3) for n, v in small.items()},
+            }
             print(json.dumps(entry), flush=True)
             log.write(json.dumps(entry) + "\n")
             save_checkpoint(model, args.output)
-            torch.save({"trainee": trainee.state_dict(), "adam": adam.state_dict(), "muon": list(muon.moments.values()), "step": step, "spent": elapsed}, args.output / "training_state.pt")
+            torch.save(
+                {"trainee": trainee.state_dict(), "adam": adam.state_dict(), "muon": list(muon.moments.values()), "step": step, "spent": elapsed},
+                args.output / "training_state.pt",
+            )
     feeder.terminate()
     save_checkpoint(model, args.output)
     final = Qwen2VLForConditionalGeneration.from_pretrained(args.output, dtype=torch.float32)  # what ships: rounded to fp16
     report = {str(side): accuracy(final, kinds, count=110 * len(kinds), side=side) for side in (224, 336, 448)}
-    (args.output / "accuracy.json").write_text(json.dumps({"held_out_seed": HELD_OUT_SEED, "questions_per_size": 110 * len(kinds), "steps": step, "accuracy": report}, indent=2) + "\n")
+    (args.output / "accuracy.json").write_text(
+        json.dumps({"held_out_seed": HELD_OUT_SEED, "questions_per_size": 110 * len(kinds), "steps": step, "accuracy": report}, indent=2) + "\n"
+    )
     print(json.dumps(report), flush=True)
     log.close()
 

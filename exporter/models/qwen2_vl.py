@@ -61,9 +61,10 @@ def image_token_ids(config: Qwen2VLConfig) -> dict[str, int]:
 class VisionGraph(nn.Module):
     """Tower, merger and everything that happens to visual tokens before the language model; one image a call."""
 
-    def __init__(self, visual: nn.Module, shape: ModelShape, schedule: Schedule) -> None:
+    def __init__(self, visual: Any, shape: ModelShape, schedule: Schedule) -> None:
         super().__init__()
-        self.visual, self.shape, self.schedule = visual, shape.tower, schedule
+        self.visual = visual
+        self.shape, self.schedule = shape.tower, schedule
         self.stages = {stage.layer: stage for stage in schedule.tower_stages}
         self.vision_layer = schedule.importance.vision_layer % shape.tower.blocks
 
@@ -204,14 +205,15 @@ def _take_groups(x: Tensor, kept: Tensor, group: int) -> Tensor:
 class LanguageGraph(nn.Module):
     """The decoder with its stages, over KV caches of fixed capacity: prefill of one request and decoding of a batch."""
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Linear | None, shape: ModelShape, schedule: Schedule) -> None:
+    def __init__(self, language_model: Any, lm_head: nn.Linear | None, shape: ModelShape, schedule: Schedule) -> None:
         """``lm_head`` is None where the head is tied to the embedding table."""
         super().__init__()
-        self.language_model, self.lm_head, self.shape, self.schedule = language_model, lm_head, shape.decoder, schedule
+        self.language_model = language_model
+        self.lm_head, self.shape, self.schedule = lm_head, shape.decoder, schedule
         self.stages = {stage.layer: stage for stage in schedule.later_stages}
-        rope = language_model.config.rope_parameters
+        rope = self.language_model.config.rope_parameters
         self.theta, self.sections = float(rope["rope_theta"]), list(rope["mrope_section"])
-        self.epsilon = float(language_model.config.rms_norm_eps)
+        self.epsilon = float(self.language_model.config.rms_norm_eps)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +104,8 @@ def render(scene: Scene) -> NDArray[np.uint8]:
     canvas = _background(rng, scene.width, scene.height)
     for item in scene.objects:
         _draw(canvas, item, rng)
-    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    image: NDArray[np.uint8] = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    return image
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> NDArray[np.float32]:
@@ -139,7 +141,7 @@ def _draw(canvas: NDArray[np.float32], item: SceneObject, rng: np.random.Generat
     region += cover * (color - region)
 
 
-def _distance(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius: float) -> NDArray[np.float32]:
+def _distance(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius: float) -> NDArray[Any]:
     """Signed distance in pixels to the outline, negative inside; all shapes fit a circle or square of that radius."""
     if shape == "circle":
         return np.hypot(dx, dy) - radius
@@ -152,18 +154,20 @@ def _distance(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radi
         upright = np.maximum(np.abs(dx) - arm, np.abs(dy) - reach)
         return np.minimum(upright, np.maximum(np.abs(dx) - reach, np.abs(dy) - arm))
     if shape == "triangle":  # apex up
-        return np.maximum(np.abs(dx) * 0.894 - dy * 0.447 - 0.36 * radius, dy - 0.8 * radius)
+        sides = np.abs(dx) * 0.894 - dy * 0.447 - 0.36 * radius
+        distance: NDArray[Any] = np.maximum(sides, dy - 0.8 * radius)
+        return distance
     raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     item = _pick(rng, [o for o in scene.objects if sum(o.color == p.color for p in scene.objects) == 1])
-    return item and Question("shape", f"what shape is the {item.color} object ?", item.shape)
+    return Question("shape", f"what shape is the {item.color} object ?", item.shape) if item else None
 
 
 def _color(scene: Scene, rng: np.random.Generator) -> Question | None:
     item = _pick(rng, [o for o in scene.objects if sum(o.shape == p.shape for p in scene.objects) == 1])
-    return item and Question("color", f"what color is the {item.shape} ?", item.color)
+    return Question("color", f"what color is the {item.shape} ?", item.color) if item else None
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question | None:

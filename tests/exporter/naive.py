@@ -1,0 +1,193 @@
+"""The pruned model written once more, from the method's description alone: explicit maps, Python loops, float64.
+
+Takes nothing from plugins/ or exporter/ but the schedule as data, so that it is an independent check of the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+
+
+def weights_of(model: Any) -> Weights:
+    return {name.removeprefix("model."): tensor.detach().double() for name, tensor in model.state_dict().items()}
+
+
+def count_of(tokens: int, keep: int) -> int:
+    return math.ceil(Fraction(tokens * keep, 1024))
+
+
+def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", torch.zeros(1, dtype=torch.float64))
+
+
+def layer_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x [S, H, D], angles [S, D/2]: pairs (i, i + D/2) turn by the angle i."""
+    half = x.shape[-1] // 2
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def attention_map(query: Tensor, key: Tensor, *, causal: bool = False) -> Tensor:
+    """[H, S, S] from query [S, H, D] and key [S, KV, D]."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(query.shape[-1])
+    if causal:
+        size = scores.shape[-1]
+        for i in range(size):
+            scores[:, i, i + 1 :] = -math.inf
+    return scores.softmax(-1)
+
+
+def mix(attention: Tensor, value: Tensor) -> Tensor:
+    value = value.repeat_interleave(attention.shape[0] // value.shape[1], 1)
+    return torch.einsum("hij,jhd->ihd", attention, value).flatten(1)
+
+
+def relevance(attention: Tensor, threshold: float) -> Tensor:
+    """Section 1, points 2 to 4, from the map [heads, P, P]."""
+    mean_map = attention.mean(0)
+    received = mean_map.sum(0)
+    rows = [j for j in range(len(received)) if received[j] > threshold]
+    if threshold == 0:
+        rows = list(range(len(received)))
+    return mean_map[rows or [int(received.argmax())]].mean(0)
+
+
+def prune(features: Tensor, score: list[float], index: list[int], count: int, recycle: float | None, rows: int, columns: int, carried: str) -> tuple[
+    Tensor, list[float], list[int]]:  # fmt: skip
+    """Section 2: features [tokens, F]; returns survivors' features, what they carry on, and their places."""
+    order = sorted(range(len(score)), key=lambda i: (-score[i], i))
+    if recycle is None:
+        places = sorted(order[:count])
+        return features[places], [score[i] for i in places], places
+    side = Fraction(round(recycle * 1024), 1024)
+    cell = [(math.floor(Fraction(i // columns) / side), math.floor(Fraction(i % columns) / side)) for i in index]
+    cells = (math.floor(Fraction(rows - 1) / side) + 1) * (math.floor(Fraction(columns - 1) / side) + 1)
+    kept = order[: max(0, count - cells)]
+    representative: dict[tuple[int, int], int] = {}
+    for i in order:
+        if i not in kept:
+            representative.setdefault(cell[i], i)
+    ranked = kept + [i for i in order if i in representative.values()]
+    ranked += [i for i in order if i not in ranked]
+    places = sorted(ranked[:count])
+    merged, importance = [], []
+    for i in places:
+        group = [i] + [j for j in range(len(score)) if j not in places and representative[cell[j]] == i]
+        weights = [max(score[j], 0.0) + 1e-8 for j in group]
+        merged.append(sum(w * features[j] for w, j in zip(weights, group, strict=True)) / sum(weights))
+        own = score[i] if len(group) == 1 else {"own": score[i], "sum": sum(score[j] for j in group), "protected": 1e30}[carried]
+        importance.append(own)
+    return torch.stack(merged), importance, places
+
+
+def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: int) -> tuple[Tensor, list[float], list[int]]:
+    """One image [rows, columns, G, patch_dim] through tower, merger and first stage: embeds [M, H], importance, index."""
+    w, config = weights_of(model), model.config.vision_config
+    rows, columns, group, _ = pixels.shape
+    side, heads = config.spatial_merge_size, config.num_heads
+    head_dim = config.embed_dim // heads
+    x = pixels.double().reshape(-1, pixels.shape[-1]) @ w["visual.patch_embed.proj.weight"].flatten(1).T
+    patches, bits = pixels.double().reshape(rows * columns, -1), entropy.double().reshape(rows * columns, group)
+    places = [(r * side + g // side, c * side + g % side) for r in range(rows) for c in range(columns) for g in range(group)]
+    frequencies = [10_000.0 ** (-k / (head_dim // 4)) for k in range(head_dim // 4)]
+    angles = torch.tensor([[r * f for f in frequencies] + [c * f for f in frequencies] for r, c in places], dtype=torch.float64)
+    index, score = list(range(rows * columns)), [0.0] * (rows * columns)
+    last = schedule.importance.vision_layer % config.depth
+    ranks_for_decoder = any(stage.part == "decoder" for stage in schedule.stages)
+
+    def take(tensor: Tensor, kept: list[int]) -> Tensor:
+        return tensor.reshape(-1, group, tensor.shape[-1])[kept].flatten(0, 1)
+
+    for number in range(config.depth):
+        for stage in schedule.stages:
+            if stage.part == "tower" and stage.layer == number:
+                if number == 0:
+                    score = [float(patches[i].std(correction=0) + bits[i].mean() / 8) for i in index]
+                wide = x.reshape(len(index), -1)
+                wide, score, kept = prune(wide, score, index, count_of(budget, stage.keep), stage.recycle, rows, columns, "own")
+                x, angles = wide.reshape(-1, config.embed_dim), take(angles, kept)
+                index = [index[i] for i in kept]
+        name = f"visual.blocks.{number}"
+        qkv = linear(layer_norm(x, w, f"{name}.norm1"), w, f"{name}.attn.qkv").reshape(-1, 3, heads, head_dim)
+        attention = attention_map(rotate(qkv[:, 0], angles), rotate(qkv[:, 1], angles))
+        if (ranks_for_decoder and number == last) or any(s.part == "tower" and s.layer == number + 1 for s in schedule.stages):
+            s = relevance(attention, schedule.importance.global_threshold)
+            s = s + schedule.importance.entropy_weight * bits[index].flatten().softmax(0)
+            score = s.reshape(-1, group).mean(1).tolist()
+        x = x + linear(mix(attention, qkv[:, 2]), w, f"{name}.attn.proj")
+        hidden = linear(layer_norm(x, w, f"{name}.norm2"), w, f"{name}.mlp.fc1")
+        x = x + linear(hidden * torch.sigmoid(1.702 * hidden), w, f"{name}.mlp.fc2")
+    merged = layer_norm(x, w, "visual.merger.ln_q").reshape(len(index), -1)
+    embeds = linear(torch.nn.functional.gelu(linear(merged, w, "visual.merger.mlp.0")), w, "visual.merger.mlp.2")
+    first = next((s for s in schedule.stages if s.part == "decoder" and s.layer == 0), None)
+    if first is not None:
+        embeds, score, kept = prune(
+            embeds, score, index, count_of(budget, first.keep), first.recycle, rows, columns, schedule.recycled_importance
+        )
+        index = [index[i] for i in kept]
+    return embeds, score, index
+
+
+def language(
+    model: Any, schedule: Any, input_ids: list[int], position_ids: Tensor, embeds: Tensor, columns: list[int], importance: list[float], budget: int
+) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """One prefill without caches: logits and last hidden state of the last token, and the columns alive in each layer."""
+    w, config = weights_of(model), model.config.text_config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim, epsilon, rope = config.hidden_size // heads, config.rms_norm_eps, config.rope_parameters
+    x = w["language_model.embed_tokens.weight"][input_ids]
+    score = dict(zip(columns, importance, strict=True))
+    for place, column in enumerate(columns):
+        x[column] = embeds[place].double()
+    axis = [a for a, size in enumerate(rope["mrope_section"]) for _ in range(size)]
+    angles = torch.tensor(
+        [[float(position_ids[axis[k], s]) * rope["rope_theta"] ** (-2 * k / head_dim) for k in range(head_dim // 2)] for s in range(len(input_ids))],
+        dtype=torch.float64,
+    )
+    alive, per_layer = list(range(len(input_ids))), []
+    attention = torch.zeros(0)
+    beta = schedule.guidance_weight
+    for number in range(config.num_hidden_layers):
+        for stage in schedule.stages:
+            if stage.part == "decoder" and stage.layer == number and number > 0:
+                visual = [c for c in alive if c in score]
+                if visual:
+                    weights = attention[:, -1, [alive.index(c) for c in visual]]  # [heads, visual], a share of all
+                    guide = (weights / weights.sum(-1, keepdim=True)).mean(0).tolist()
+                    rank = {c: (1 - beta) * score[c] + beta * g for c, g in zip(visual, guide, strict=True)}
+                    chosen = sorted(visual, key=lambda c: (-rank[c], c))[: count_of(budget, stage.keep)]
+                    keep = [i for i, c in enumerate(alive) if c not in score or c in chosen]
+                    x, angles, alive = x[keep], angles[keep], [alive[i] for i in keep]
+        per_layer.append(alive)
+        name = f"language_model.layers.{number}"
+        normed = rms_norm(x, w[f"{name}.input_layernorm.weight"], epsilon)
+        query = rotate(linear(normed, w, f"{name}.self_attn.q_proj").reshape(-1, heads, head_dim), angles)
+        key = rotate(linear(normed, w, f"{name}.self_attn.k_proj").reshape(-1, kv_heads, head_dim), angles)
+        value = linear(normed, w, f"{name}.self_attn.v_proj").reshape(-1, kv_heads, head_dim)
+        attention = attention_map(query, key, causal=True)
+        x = x + linear(mix(attention, value), w, f"{name}.self_attn.o_proj")
+        normed = rms_norm(x, w[f"{name}.post_attention_layernorm.weight"], epsilon)
+        gate = torch.nn.functional.silu(linear(normed, w, f"{name}.mlp.gate_proj"))
+        x = x + linear(gate * linear(normed, w, f"{name}.mlp.up_proj"), w, f"{name}.mlp.down_proj")
+    last = rms_norm(x[-1], w["language_model.norm.weight"], epsilon)
+    head = w.get("lm_head.weight", w["language_model.embed_tokens.weight"])
+    return head @ last, last, per_layer

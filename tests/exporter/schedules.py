@@ -1,0 +1,20 @@
+"""Schedules that between them use every option."""
+
+from __future__ import annotations
+
+from vflow.exporter.schedule import Importance, Schedule, Stage, unpruned_schedule
+
+SCHEDULES: dict[str, Schedule] = {
+    "unpruned": unpruned_schedule(),
+    "decoder": Schedule((Stage("decoder", 0, 500), Stage("decoder", 2, 250))),
+    "tower and decoder": Schedule(
+        (Stage("tower", 1, 800, 2.5), Stage("tower", 2, 600), Stage("decoder", 0, 400, 2.0), Stage("decoder", 1, 300), Stage("decoder", 3, 100)),
+        Importance(global_threshold=1.3, entropy_weight=0.3),
+        recycled_importance="sum",
+    ),
+    "pixels": Schedule((Stage("tower", 0, 700, 3.0), Stage("decoder", 0, 350)), Importance(vision_layer=1), renumber_first_stage=True),
+    "first stage only": Schedule((Stage("decoder", 0, 450, 1.7),), Importance(global_threshold=50.0)),
+    "protected": Schedule((Stage("decoder", 0, 450, 2.0), Stage("decoder", 2, 200)), recycled_importance="protected"),
+    "guided, no first stage": Schedule((Stage("decoder", 1, 600), Stage("decoder", 2, 300)), guidance_weight=0.4),
+    "guidance alone": Schedule((Stage("decoder", 0, 700), Stage("decoder", 3, 300)), guidance_weight=1.0),
+}

@@ -1,0 +1,150 @@
+"""Budget arithmetic: FLOPs against a count operation by operation and the table of the method, KV bytes, the last ratio, presets."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vflow.exporter.budget import cost, kv_bytes, solve_last_keep
+from vflow.exporter.presets import PRESETS, preset_schedule
+from vflow.exporter.schedule import Importance, Schedule, ScheduleError, Stage, unpruned_schedule
+from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
+
+SMALL = ModelShape(TowerShape(2, 8, 2, 16, 12, 2), DecoderShape(3, 8, 2, 1, 4, 20, 30))
+QWEN2_VL_2B = ModelShape(TowerShape(32, 1280, 16, 5120, 1176, 2), DecoderShape(28, 1536, 12, 2, 128, 8960, 151_936))
+ROUNDING = Fraction(1, 10**12)  # a binary fraction is not the decimal that was asked for
+
+
+def matmul(rows: int, inner: int, columns: int) -> int:
+    """Operations of a matrix product, counted."""
+    return sum(2 for _ in range(rows) for _ in range(inner) for _ in range(columns))
+
+
+def count_by_hand(shape: ModelShape, tower: list[int], decoder: list[int], tokens: int, text: int) -> tuple[int, int]:
+    """Operations of tower and decoder, product by product."""
+    t, d = shape.tower, shape.decoder
+    vision = matmul(tokens * t.group, t.patch_dim, t.embed_dim)
+    for alive in tower:
+        p = alive * t.group
+        vision += matmul(p, t.embed_dim, 3 * t.embed_dim) + matmul(p, t.embed_dim, t.embed_dim)  # qkv, proj
+        vision += matmul(p, t.embed_dim, t.mlp_dim) + matmul(p, t.mlp_dim, t.embed_dim)
+        vision += t.heads * (matmul(p, t.head_dim, p) + matmul(p, p, t.head_dim))
+    merged = t.group * t.embed_dim
+    vision += matmul(tower[-1], merged, merged) + matmul(tower[-1], merged, d.hidden_size)
+    language = matmul(1, d.hidden_size, d.vocab_size)
+    for alive in decoder:
+        s = alive + text
+        language += matmul(s, d.hidden_size, d.heads * d.head_dim) * 2 + matmul(s, d.hidden_size, d.kv_heads * d.head_dim) * 2
+        language += 3 * matmul(s, d.hidden_size, d.mlp_dim)
+        for row in range(s):  # causal: a row sees itself and what is before
+            language += d.heads * (matmul(1, d.head_dim, row + 1) + matmul(1, row + 1, d.head_dim))
+    return vision, language
+
+
+def test_flops_are_those_counted_product_by_product() -> None:
+    schedule = Schedule((Stage("tower", 1, 700), Stage("decoder", 0, 500), Stage("decoder", 2, 100)))
+    result = cost(schedule, SMALL, rows=2, columns=3, text_tokens=5)
+    assert result.tower_tokens == (6, 5)
+    assert result.decoder_tokens == (3, 3, 1)
+    assert (result.tower_flops, result.decoder_flops) == count_by_hand(SMALL, [6, 5], [3, 3, 1], 6, 5)
+    assert result.flops == result.tower_flops + result.scoring_flops + result.decoder_flops
+
+
+def test_the_2b_shape_costs_what_the_method_says() -> None:
+    full = cost(unpruned_schedule(), QWEN2_VL_2B, rows=32, columns=32, text_tokens=64)
+    assert sum(full.tower_block_flops) / 1e12 == pytest.approx(7.9, abs=0.05)  # its table leaves out patch embedding and merger
+    assert full.embed_flops / full.tower_flops < 0.015
+    assert full.decoder_flops / 1e12 == pytest.approx(3.0, abs=0.05)
+    assert full.scoring_flops == 0
+
+
+def test_decoder_stages_alone_gain_at_most_what_the_method_says() -> None:
+    full, pruned = (
+        cost(schedule, QWEN2_VL_2B, rows=32, columns=32, text_tokens=64) for schedule in (unpruned_schedule(), Schedule((Stage("decoder", 0, 102),)))
+    )
+    assert full.flops / (pruned.flops - pruned.scoring_flops) == pytest.approx(1.30, abs=0.02)
+
+
+def test_tower_stages_gain_what_the_method_says() -> None:
+    schedule = Schedule((Stage("tower", 4, 512), Stage("tower", 12, 256), Stage("decoder", 0, 102)))
+    full = cost(unpruned_schedule(), QWEN2_VL_2B, rows=32, columns=32, text_tokens=64)
+    pruned = cost(schedule, QWEN2_VL_2B, rows=32, columns=32, text_tokens=64)
+    assert full.flops / (pruned.flops - pruned.scoring_flops) == pytest.approx(3.44, abs=0.05)
+
+
+def test_scoring_is_counted_as_the_function_bodies_compute_it() -> None:
+    patches, heads, wide = 24, 2, 4 + 8  # head_dim + the eight dimensions that the lowering adds
+    lse = heads * (2 * patches * patches * 4 * 2 + 2 * patches * patches * wide * 2)  # the guess, then the sum
+    mean = heads * 2 * patches * patches * wide * 2
+    for threshold, calls in ((0.0, 1), (3.0, 2)):
+        schedule = Schedule((Stage("decoder", 0, 100),), Importance(global_threshold=threshold))
+        assert cost(schedule, SMALL, rows=2, columns=3, text_tokens=0).scoring_flops == lse + calls * mean
+
+
+def test_a_block_that_ranks_for_two_stages_is_scored_once() -> None:
+    once = Schedule((Stage("decoder", 0, 100),))
+    both = Schedule((Stage("decoder", 0, 100), Stage("decoder", 1, 50)))
+    assert cost(once, SMALL, rows=4, columns=4, text_tokens=0).scoring_flops == cost(both, SMALL, rows=4, columns=4, text_tokens=0).scoring_flops
+    assert cost(Schedule((Stage("tower", 0, 100),)), SMALL, rows=4, columns=4, text_tokens=0).scoring_flops == 0  # pixels alone
+
+
+def test_kv_bytes_are_two_vectors_a_token_a_layer_a_head() -> None:
+    schedule = Schedule((Stage("decoder", 0, 512), Stage("decoder", 1, 100)))
+    kept = [50, 10, 10]  # of 100 tokens, layer by layer: ⌈50⌉, ⌈9.77⌉
+    assert kv_bytes(schedule, SMALL, tokens=100, bytes_per_value=2) == sum(2 * 1 * 4 * 2 * k for k in kept)
+    assert kv_bytes(unpruned_schedule(), QWEN2_VL_2B, tokens=1, bytes_per_value=2) == 2 * 2 * 128 * 2 * 28
+
+
+def test_the_last_ratio_is_the_largest_that_meets_the_budget() -> None:
+    assert solve_last_keep(6, 0.5, (0, 2, 4), (800, 500)) == (512 * 6 - 1600 - 1000) // 2
+    assert solve_last_keep(6, 0.1, (0,), ()) == 102
+    assert solve_last_keep(6, 0.9, (0, 3), (600,)) == 600  # never more than the stage before
+
+
+@pytest.mark.parametrize("keeps", [(1024, 1024), (307, 1)])
+def test_a_budget_that_is_already_spent_is_refused(keeps: tuple[int, int]) -> None:
+    with pytest.raises(ScheduleError, match=r"average keep 0\.1 cannot be met: the stages before layer 4 already spend it"):
+        solve_last_keep(6, 0.1, (0, 2, 4), keeps)
+
+
+@given(
+    name=st.sampled_from(sorted(PRESETS)), keep=st.floats(1 / 1024, 1.0), layers=st.integers(1, 100), blocks=st.integers(1, 60),
+)  # fmt: skip
+def test_no_preset_exceeds_its_budget_or_leaves_its_model(name: str, keep: float, layers: int, blocks: int) -> None:
+    shape = ModelShape(TowerShape(blocks, 8, 2, 16, 12, 2), DecoderShape(layers, 8, 2, 1, 4, 20, 30))
+    schedule = preset_schedule(name, shape, keep)
+    spent = sum(Fraction((end - first) * units, 1024 * layers) for first, end, units in schedule.decoder_segments(layers))
+    assert spent <= Fraction(keep) + ROUNDING
+    schedule.check(shape)
+    assert Schedule.from_dict(schedule.to_dict()) == schedule
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("keep", [0.05, 0.1, 0.25, 0.5])
+def test_presets_spend_their_budget_to_a_hundredth(name: str, keep: float) -> None:
+    assert preset_schedule(name, QWEN2_VL_2B, keep).average_keep(28) == pytest.approx(keep, rel=0.01)
+
+
+def test_the_paper_preset_is_the_published_schedule_and_nothing_beyond() -> None:
+    schedule = preset_schedule("paper", QWEN2_VL_2B, 0.10)
+    assert [(stage.part, stage.layer) for stage in schedule.stages] == [("decoder", 0), ("decoder", 9), ("decoder", 18)]
+    assert schedule.stages[0].keep == round(0.117 * 1024)
+    assert schedule.stages[1].keep == schedule.stages[0].keep  # ratio 1.0
+    assert schedule.stages[0].recycle == 17.4
+    assert schedule.importance == Importance(global_threshold=39.3, entropy_weight=0.0)
+    assert (schedule.guidance_weight, schedule.recycled_importance, schedule.tower_stages) == (0.0, "own", ())
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_keeping_everything_prunes_nothing(name: str) -> None:
+    schedule = preset_schedule(name, QWEN2_VL_2B, 1.0)
+    assert all(stage.keep == 1024 for stage in schedule.stages)
+    assert schedule.average_keep(28) == 1.0
+
+
+@pytest.mark.parametrize(("name", "keep"), [("best", 0.1), ("paper", 0.0), ("paper", 1.01), ("tower", -0.1), ("tower", float("nan")), ("paper", 0.0009)])
+def test_presets_refuse_unknown_names_and_budgets(name: str, keep: float) -> None:
+    with pytest.raises(ScheduleError, match=r"unknown preset|keep must be above 0|below 1/1024"):
+        preset_schedule(name, QWEN2_VL_2B, keep)

@@ -1,0 +1,139 @@
+"""The PyTorch reference: nothing pruned it is Hugging Face's model, pruned it is the method as ``naive.py`` writes it down."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+import torch
+from schedules import SCHEDULES
+from support import picture
+from torch import Tensor
+from vflow.engines.positions import ImageSurvivors, prompt_positions
+from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
+from vflow.exporter.model import pruned_graphs
+from vflow.exporter.models.qwen2_vl import model_shape, pixel_importance
+from vflow.exporter.schedule import Schedule, unpruned_schedule
+
+PROCESSOR = ImageProcessorConfig(4, 2, 2, 64, 64 * 64, (0.5, 0.4, 0.45), (0.25, 0.3, 0.27))
+IMAGE, TEXT_BEFORE, TEXT_AFTER = 5, [1, 8, 3], [4, 12, 15, 9, 2, 1, 9]
+FP32 = 2e-4  # absolute, logits of up to about 6 and features of about 3 after three and four layers of random weights
+GRIDS = [(5, 6), (3, 9), (1, 1), (1, 7)]
+
+
+def inputs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """An image as the vision graph takes it: pixels [rows, columns, 4, 96] and entropy [rows, columns, 4]."""
+    patches = preprocess_image(picture(rows, columns, seed=rows * 31 + columns), PROCESSOR)
+    pixels = torch.from_numpy(patches.pixel_values).reshape(rows, columns, 4, -1)
+    return pixels, torch.from_numpy(patches.entropy).reshape(rows, columns, 4)
+
+
+def run_vision(model: Any, schedule: Schedule, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    vision, _ = pruned_graphs(model, model_shape(model.config), schedule)
+    pixels, entropy = inputs(rows, columns)
+    with torch.no_grad():
+        return vision(pixels, entropy, torch.zeros(rows * columns, dtype=torch.int32))
+
+
+def prompt(schedule: Schedule, rows: int, columns: int, index: Tensor) -> tuple[list[int], Tensor, list[int]]:
+    input_ids = TEXT_BEFORE + [IMAGE] * len(index) + TEXT_AFTER
+    survivors = ImageSurvivors(rows, columns, index.numpy())
+    positions, _ = prompt_positions(
+        np.array(input_ids), [survivors], image_token=IMAGE, renumber_first_stage=schedule.renumber_first_stage
+    )
+    return input_ids, torch.from_numpy(positions), list(range(len(TEXT_BEFORE), len(TEXT_BEFORE) + len(index)))
+
+
+def run_language(
+    model: Any, schedule: Schedule, input_ids: list[int], positions: Tensor, embeds: Tensor, columns: list[int], importance: Tensor, budget: int
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    _, language = pruned_graphs(model, model_shape(model.config), schedule)
+    segments = schedule.decoder_segments(4)
+    length = len(input_ids)
+    caches = [(torch.zeros(1, 2, length + 2, 8), torch.zeros(1, 2, length + 2, 8)) for _ in range(4)]
+    with torch.no_grad():
+        logits, hidden, present = language(
+            torch.tensor([input_ids]), positions[:, None], embeds, torch.tensor(columns, dtype=torch.long), importance,
+            torch.zeros(budget, dtype=torch.int32), torch.zeros(1, len(segments), dtype=torch.long), caches,
+        )  # fmt: skip
+    return logits[0], hidden[0], present
+
+
+@pytest.mark.parametrize("kind", ["model", "untied_model"])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 6), (8, 3)])
+def test_with_nothing_pruned_it_is_hugging_face_s_model(request: pytest.FixtureRequest, kind: str, rows: int, columns: int) -> None:
+    model, schedule = request.getfixturevalue(kind), unpruned_schedule()
+    embeds, importance, index = run_vision(model, schedule, rows, columns)
+    input_ids, positions, places = prompt(schedule, rows, columns, index)
+    logits, hidden, _ = run_language(model, schedule, input_ids, positions, embeds, places, importance, rows * columns)
+    ids = torch.tensor([input_ids])
+    with torch.no_grad():
+        theirs = model(
+            input_ids=ids, mm_token_type_ids=(ids == IMAGE).int(), pixel_values=inputs(rows, columns)[0].reshape(-1, 96),
+            image_grid_thw=torch.tensor([[1, 2 * rows, 2 * columns]]), use_cache=False, output_hidden_states=True,
+        )  # fmt: skip
+    torch.testing.assert_close(logits, theirs.logits[0, -1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(hidden, theirs.hidden_states[-1][0, -1], rtol=0, atol=1e-4)
+
+
+def test_text_alone_is_hugging_face_s_model(model: Any) -> None:
+    schedule, ids = unpruned_schedule(), [1, 8, 20, 21, 2, 1, 9]
+    positions = torch.arange(len(ids)).expand(3, -1)
+    logits, _, _ = run_language(model, schedule, ids, positions, torch.zeros(0, 32), [], torch.zeros(0), 0)
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), GRIDS)
+def test_tower_and_first_stage_are_those_of_the_method(model: Any, schedule: Schedule, rows: int, columns: int) -> None:
+    pixels, entropy = inputs(rows, columns)
+    expected, scores, survivors = naive.vision(model, schedule, pixels, entropy, rows * columns)
+    embeds, importance, index = run_vision(model, schedule, rows, columns)
+    assert index.tolist() == survivors
+    torch.testing.assert_close(embeds.double(), expected, rtol=0, atol=FP32)
+    np.testing.assert_allclose(importance.numpy(), scores, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("rows", "columns"), GRIDS)
+def test_the_decoder_is_that_of_the_method(model: Any, schedule: Schedule, rows: int, columns: int) -> None:
+    embeds, importance, index = run_vision(model, schedule, rows, columns)
+    input_ids, positions, places = prompt(schedule, rows, columns, index)
+    logits, hidden, present = run_language(model, schedule, input_ids, positions, embeds, places, importance, rows * columns)
+    expected, last, alive = naive.language(model, schedule, input_ids, positions, embeds, places, importance.tolist(), rows * columns)
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=FP32)
+    torch.testing.assert_close(hidden.double(), last, rtol=0, atol=FP32)
+    for (key, _), columns_alive in zip(present, alive, strict=True):
+        assert int(key.abs().sum((0, 1, 3)).count_nonzero()) == len(columns_alive)
+
+
+def test_a_smaller_budget_counts_from_fewer_tokens(model: Any) -> None:
+    schedule = SCHEDULES["tower and decoder"]
+    vision, _ = pruned_graphs(model, model_shape(model.config), schedule)
+    pixels, entropy = inputs(5, 6)
+    with torch.no_grad():
+        embeds, _, index = vision(pixels, entropy, torch.zeros(15, dtype=torch.int32))
+    expected, _, survivors = naive.vision(model, schedule, pixels, entropy, 15)
+    assert index.tolist() == survivors
+    assert len(index) == naive.count_of(15, 400)
+    torch.testing.assert_close(embeds.double(), expected, rtol=0, atol=FP32)
+
+
+def test_text_survives_every_stage(model: Any) -> None:
+    schedule = SCHEDULES["guidance alone"]
+    embeds, importance, index = run_vision(model, schedule, 5, 6)
+    input_ids, positions, places = prompt(schedule, 5, 6, index)
+    _, _, alive = naive.language(model, schedule, input_ids, positions, embeds, places, importance.tolist(), 30)
+    text = set(range(len(input_ids))) - set(places)
+    assert all(text <= set(columns) for columns in alive)
+
+
+def test_a_blank_area_has_no_pixel_importance() -> None:
+    patches = torch.cat([torch.full((4, 12), 0.3), torch.randn(4, 12, generator=torch.Generator().manual_seed(0))])
+    blank, grained = pixel_importance(patches, torch.tensor([0.0] * 4 + [5.0] * 4), 4).tolist()
+    assert blank == pytest.approx(0.0, abs=1e-3)
+    assert grained > 1.0
+    with pytest.raises(ValueError, match="needs the patches' entropy"):
+        pixel_importance(patches, None, 4)
