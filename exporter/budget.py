@@ -90,11 +90,15 @@ def _scoring_flops(schedule: Schedule, shape: ModelShape, rows: int, columns: in
     if schedule.needs_importance:
         scored.append(schedule.importance.vision_layer % tower.blocks)
     wide = tower.heads * (tower.head_dim + SCORING_WIDTH)
-    wide_calls = 2 if schedule.importance.global_threshold == 0 else 3  # log-sum-exp, received attention, context relevance
-    total = 0
+    settings, total = schedule.importance, 0
     for block in set(scored):
         patches = keep_count(tokens, schedule.keep_at("tower", block)) * tower.group
-        total += 4 * patches * patches * (wide_calls * wide + tower.embed_dim)
+        looked_at = keep_count(patches, settings.score_rows)
+        total += 4 * looked_at * patches * (2 * wide + tower.embed_dim)  # log-sum-exp in two calls, received attention
+        if settings.global_threshold > 0:
+            chosen = keep_count(patches, settings.global_rows)
+            again = wide + tower.embed_dim if settings.score_rows < KEEP_UNIT else 0  # these rows' log-sum-exp was not among the sample
+            total += 4 * chosen * patches * (wide + again)
     for stage in schedule.stages:
         if stage.cell is not None:
             total += _merge_flops(schedule, stage, shape, tokens)

@@ -24,7 +24,15 @@ from .onnx_writer import write_graphs
 from .schedule import Schedule
 from .trace import trace_language, trace_vision
 
-__all__ = ["DEFAULT_MAX_TEXT_TOKENS", "DEFAULT_MAX_VISUAL_TOKENS", "PRECISIONS", "BuildOptions", "build_engine"]
+__all__ = [
+    "DEFAULT_MAX_TEXT_TOKENS",
+    "DEFAULT_MAX_VISUAL_TOKENS",
+    "PRECISIONS",
+    "BuildOptions",
+    "build_engine",
+    "copy_text_files",
+    "image_processor",
+]
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 DEFAULT_MAX_VISUAL_TOKENS = 1280  # what Qwen2-VL's documentation suggests for max_pixels, in visual tokens
@@ -57,10 +65,10 @@ def build_engine(
     shape = model_shape(checkpoint.config)
     schedule.check(shape, fingerprint=checkpoint.fingerprint)
     _check_limits(checkpoint, options)
-    image_processor = _image_processor(checkpoint, options.max_visual_tokens)
+    processor = image_processor(checkpoint, options.max_visual_tokens)
     manifest: dict[str, Any] = {}
     with write_engine_directory(output, manifest, force=options.force) as folder:
-        tokens = _copy_text_files(checkpoint, folder)
+        tokens = copy_text_files(checkpoint, folder)
         progress("trace vision", 0.0)
         with shapes_only(checkpoint, dtype) as model:
             vision_graph, language_graph = pruned_graphs(model, shape, schedule)
@@ -71,9 +79,7 @@ def build_engine(
         write_graphs(graphs, checkpoint, folder, progress=lambda done, total: progress("write weights", done / max(total, 1)))
         schedule.save(folder / SCHEDULE_FILE)
         progress("check sums", 0.0)
-        segments = kv_segments(
-            schedule, shape.decoder.layers, max_visual_tokens=options.max_visual_tokens, max_text_tokens=options.max_text_tokens
-        )
+        segments = kv_segments(schedule, shape.decoder.layers, max_visual_tokens=options.max_visual_tokens, max_text_tokens=options.max_text_tokens)
         manifest.update(
             format=MANIFEST_FORMAT,
             family=FAMILY,
@@ -84,7 +90,7 @@ def build_engine(
             limits={"max_visual_tokens": options.max_visual_tokens, "max_text_tokens": options.max_text_tokens},
             segments=[vars(segment) for segment in segments],
             tokens=tokens,
-            image_processor=vars(image_processor),
+            image_processor=vars(processor),
             graphs={"vision": _interface(vision, VISION_FILE), "language": _interface(language, LANGUAGE_FILE)},
             environment=_environment(time.monotonic() - started),
         )
@@ -97,7 +103,7 @@ def _check_limits(checkpoint: Checkpoint, options: BuildOptions) -> None:
         raise CheckpointError(f"--max-text-tokens {options.max_text_tokens}: the model's context is {context} tokens")
 
 
-def _copy_text_files(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+def copy_text_files(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     """Tokenizer and chat template into the engine; returns the manifest's token ids."""
     source = checkpoint.path
     tokenizer = source / "tokenizer.json"
@@ -125,8 +131,8 @@ def _chat_template(source: Path) -> str:
     raise CheckpointError(f"{source}: no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)")
 
 
-def _image_processor(checkpoint: Checkpoint, max_visual_tokens: int) -> ImageProcessorConfig:
-    """The checkpoint's image processor; larger images than the engine is built for are scaled down as its own limit would."""
+def image_processor(checkpoint: Checkpoint, max_visual_tokens: int = DEFAULT_MAX_VISUAL_TOKENS) -> ImageProcessorConfig:
+    """The checkpoint's image processor; larger images than ``max_visual_tokens`` are scaled down as its own limit would."""
     file = checkpoint.path / "preprocessor_config.json"
     if not file.exists():
         raise CheckpointError(f"{file}: missing; it says how images are scaled and normalised")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import click
 from rich.console import Console
@@ -20,6 +21,7 @@ from .schedule import ScheduleError
 __all__ = ["main"]
 
 err = Console(stderr=True)
+_stopped = Event()  # Python drops an exception that a signal raises inside a destructor or callback; long jobs look here
 
 
 @contextmanager
@@ -50,6 +52,8 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
 
         def report(phase: str, share: float) -> None:
             nonlocal last
+            if _stopped.is_set():
+                raise KeyboardInterrupt
             if phase != last and not err.is_terminal:
                 err.print(f"{phase} ...")
             last = phase
@@ -67,10 +71,14 @@ def main() -> None:
     vflow-export build --model tiny --keep 0.1 --output out/tiny
     vflow-export run out/tiny --image picture.png --prompt "how many objects are there ?"
     """
+    _stopped.clear()
     signal.signal(signal.SIGTERM, _interrupt)  # so that a stopped build cleans up as after Ctrl-C
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGINT, _interrupt)
 
 
 def _interrupt(*_: object) -> None:
+    _stopped.set()
     raise KeyboardInterrupt
 
 
@@ -114,10 +122,9 @@ def build(
                 schedule = preset_schedule(preset or "progressive", model_shape(checkpoint.config), keep)
             options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force)
             engine = build_engine(checkpoint, schedule or unpruned_schedule(), output, options, progress=progress)
-        console = Console()
-        console.print(build_table(engine))
-        console.print(f"engine     {output}", highlight=False, soft_wrap=True)
-        console.print(f"try next   vflow-export run {output} --image FILE --prompt TEXT", highlight=False, soft_wrap=True)
+        Console().print(build_table(engine))
+        click.echo(f"engine     {output}")
+        click.echo(f"try next   vflow-export run {output} --image FILE --prompt TEXT")
 
 
 @main.command()
@@ -226,6 +233,59 @@ def evaluate(
 
 
 @main.command()
+@click.option("--model", required=True, help="Alias, checkpoint folder, or hub id.")
+@click.option("--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="schedule.json to write.")
+@click.option("--data", type=click.Path(path_type=Path, dir_okay=False), help="JSONL of image and prompt.  [default: generated scenes]")
+@click.option("--samples", type=click.IntRange(1), default=30, show_default=True, help="How many samples to calibrate on.")
+@click.option("--keep", type=float, help="Budget: average share of visual tokens over decoder layers.")
+@click.option("--kv-budget", help="Budget: visual KV cache, such as 64MiB (fp16, at --side).")
+@click.option("--prefill-flops", type=float, help="Budget: share of the unpruned prefill's FLOPs, tower and decoder together (at --side).")
+@click.option("--side", type=click.IntRange(28), default=448, show_default=True, help="Pixels of the square image that budgets are counted for.")
+@click.option("--tower-stages", type=click.IntRange(0, 3), default=0, show_default=True, help="Stages inside the vision tower.")
+@click.option("--guidance", is_flag=True, help="Let the last prompt token's attention take part in ranking.")
+@click.option("--preset", type=click.Choice(["paper"]), help="Search only what the paper searches.")
+@click.option("--trials", type=click.IntRange(1), default=50, show_default=True, help="Evaluations; the paper has 50.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--study", help="File or database URL that holds the search, to resume it or to share it between processes.")
+def tune(
+    model: str, output: Path, data: Path | None, samples: int, keep: float | None, kv_budget: str | None, prefill_flops: float | None,
+    side: int, tower_stages: int, guidance: bool, preset: str | None, trials: int, seed: int, study: str | None,
+) -> None:  # fmt: skip
+    """Find a schedule for a budget by keeping the last token's representation where it was (VFlowOpt, section 3.4)."""
+    if preset == "paper" and (tower_stages or guidance):
+        raise click.UsageError("--preset paper has no tower stages and no guidance: leave out --tower-stages and --guidance")
+    with one_line_errors():
+        from .checkpoint import open_checkpoint
+        from .evaluate import generated_samples, read_samples
+        from .models.qwen2_vl import model_shape
+        from .report import schedule_lines
+        from .search_space import Budget, SearchSpace, parse_bytes
+        from .tiny.trained import TRAINED_KINDS
+        from .tune import CalibrationSample, FlowObjective, tune_schedule
+
+        tokens = max(1, side // 28)
+        budget = Budget(keep, parse_bytes(kv_budget) if kv_budget else None, prefill_flops, rows=tokens, columns=tokens)
+        labelled = read_samples(data, labelled=False)[:samples] if data else generated_samples(samples, TRAINED_KINDS, side)
+        calibration = [CalibrationSample(sample.images[0], sample.prompt) for sample in labelled if sample.images]
+        with progress_bar() as progress:
+            progress("open checkpoint", 0.0)
+            checkpoint = open_checkpoint(model)
+            shape, paper = model_shape(checkpoint.config), preset == "paper"
+            space = SearchSpace.for_model(shape, budget, tower_stages=tower_stages, guidance=guidance, paper=paper)
+            progress("calibrate", 0.0)
+            objective = FlowObjective(checkpoint, calibration, blocks=space.tower_blocks)
+            result = tune_schedule(
+                objective, space, fingerprint=checkpoint.fingerprint, trials=trials, seed=seed, storage=study,
+                progress=lambda trial, best: progress(f"best cosine {best:.4f}", trial / trials),
+            )  # fmt: skip
+        result.schedule.save(output)
+        for line in schedule_lines(result.schedule, objective.shape):
+            click.echo(line)
+        click.echo(f"mean cosine {result.value:.4f} after {result.trials} trials; wrote {output}")
+        click.echo(f"try next   vflow-export build --model {model} --schedule {output} --output DIR")
+
+
+@main.command()
 def doctor() -> None:
     """Say what this machine can build and run, and what to install for the rest. Exit code 1 if it cannot run engines."""
     from .doctor import examine
@@ -236,4 +296,3 @@ def doctor() -> None:
         click.echo(f"{'ok     ' if finding.ok else 'missing'}  {finding.what:<{width}}  {finding.detail}")
     if not all(finding.ok for finding in findings if finding.required):
         raise click.exceptions.Exit(1)
-

@@ -99,8 +99,8 @@ def evaluate_session(
     )
 
 
-def read_samples(path: Path) -> list[LabelledSample]:
-    """Read a JSONL file; image paths are relative to it.
+def read_samples(path: Path, *, labelled: bool = True) -> list[LabelledSample]:
+    """Read a JSONL file; image paths are relative to it. Where it need not be ``labelled``, a missing answer is empty.
 
     Raises:
         DataError: no lines, or a line that is not as it should be.
@@ -109,7 +109,7 @@ def read_samples(path: Path) -> list[LabelledSample]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from None
-    found = [_sample(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_sample(path, number, line, labelled) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise DataError(f"{path}: no samples")
     return found
@@ -129,7 +129,7 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def _sample(path: Path, number: int, line: str) -> LabelledSample:
+def _sample(path: Path, number: int, line: str, labelled: bool) -> LabelledSample:
     where = f"{path}, line {number}"
     try:
         values = json.loads(line)
@@ -137,6 +137,8 @@ def _sample(path: Path, number: int, line: str) -> LabelledSample:
         raise DataError(f"{where}: not JSON ({error.msg})") from None
     if not isinstance(values, dict):
         raise DataError(f"{where}: must be a JSON object")
+    if not labelled:
+        values.setdefault("answer", "")
     for key in ("prompt", "answer"):
         if not isinstance(values.get(key), str):
             raise DataError(f"{where}: {key!r} must be a string")

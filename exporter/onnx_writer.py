@@ -57,7 +57,7 @@ def write_graphs(
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             data = _read(reader, name, value)
             places[name] = _Place(file.tell(), data.nbytes)
-            data.numpy().tofile(file)
+            file.write(data.numpy().data)  # tofile would not say why a write failed
             if progress:
                 progress(file.tell(), total)
     for model, file_name in models:

@@ -1,8 +1,8 @@
 """Schedules by name, for a budget: where to start when nothing has been tuned for a model.
 
-    progressive   three decoder stages, received attention, no merging (untuned default)
-    tower         the same, and stages inside the tower
-    paper         VFlowOpt as published (arXiv 2508.05211), everything beyond it off
+progressive   three decoder stages, received attention, no merging (untuned default)
+tower         the same, and stages inside the tower
+paper         VFlowOpt as published (arXiv 2508.05211), everything beyond it off
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ PUBLISHED = {
 }
 FIRST_SHARE = 1.3  # first stage of `progressive`, in average keeps: more tokens early, where the decoder still reads them
 TOWER_KEEPS = (512, 256)  # half of the tokens from the first tower stage on, a quarter from the second
+TOWER_SCORE_ROWS = 256  # a quarter of the rows ranks as well as all on the small model (docs/quality.md), and scoring then costs a quarter
 FIRST_TOWER_BLOCK = 2  # never earlier: block 0's attention ranks no better than chance (docs/algorithm.md, section 4)
 
 
@@ -53,7 +54,7 @@ def _tower(shape: ModelShape, keep: float) -> Schedule:
     early = max(FIRST_TOWER_BLOCK, shape.tower.blocks // 8)
     places = (early, max(early + 1, 3 * shape.tower.blocks // 8))
     tower = [Stage("tower", block, max(kept, first)) for block, kept in zip(places, TOWER_KEEPS, strict=True) if block < shape.tower.blocks]
-    return Schedule(stages=(*tower, *decoder))
+    return Schedule(stages=(*tower, *decoder), importance=Importance(score_rows=TOWER_SCORE_ROWS))
 
 
 def _paper(shape: ModelShape, keep: float) -> Schedule:

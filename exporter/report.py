@@ -7,18 +7,20 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from ..engines.manifest import Engine
 from ..engines.results import GenerationResult
 from .budget import cost
-from .schedule import unpruned_schedule
+from .schedule import KEEP_UNIT, Schedule, unpruned_schedule
+from .shape import ModelShape
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
     from .verify import Finding
 
-__all__ = ["build_table", "bytes_text", "evaluation_table", "run_lines", "verify_table"]
+__all__ = ["build_table", "bytes_text", "evaluation_table", "run_lines", "schedule_lines", "verify_table"]
 
 REPORT_TEXT_TOKENS = 64  # prompt length at which FLOPs are shown
 
@@ -30,7 +32,8 @@ def build_table(engine: Engine) -> Table:
     pruned = cost(schedule, shape, rows=side, columns=side, text_tokens=REPORT_TEXT_TOKENS)
     full = cost(unpruned_schedule(), shape, rows=side, columns=side, text_tokens=REPORT_TEXT_TOKENS)
     pixels = side * engine.image_processor.factor
-    title = f"{engine.model_name} · {engine.precision} · average keep {schedule.average_keep(shape.decoder.layers):.3f} · image of {pixels}×{pixels}"
+    keep = schedule.average_keep(shape.decoder.layers)
+    title = f"{escape(engine.model_name)} · {engine.precision} · average keep {keep:.3f} · image of {pixels}×{pixels}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("part", "visual tokens", "GFLOP before", "after", "KV before", "after"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
@@ -54,6 +57,16 @@ def build_table(engine: Engine) -> Table:
     return table
 
 
+def schedule_lines(schedule: Schedule, shape: ModelShape) -> Iterator[str]:
+    """The stages and settings of a schedule, a line each."""
+    for stage in schedule.stages:
+        recycled = f", merged into cells of {stage.recycle:.1f} tokens" if stage.recycle is not None else ""
+        yield f"before {stage.part} {stage.layer}: keep {stage.keep / KEEP_UNIT:.3f}{recycled}"
+    settings = schedule.importance
+    yield f"global threshold {settings.global_threshold:.2f}, entropy weight {settings.entropy_weight:.2f}, guidance {schedule.guidance_weight:.2f}"
+    yield f"average keep {schedule.average_keep(shape.decoder.layers):.4f}"
+
+
 def run_lines(result: GenerationResult) -> Iterator[str]:
     """What a run took, a line each."""
     speed = f"{result.tokens_per_s:.0f} tokens/s" if result.tokens_per_s is not None else "one token"
@@ -67,7 +80,7 @@ def run_lines(result: GenerationResult) -> Iterator[str]:
 
 def verify_table(engine: Engine, findings: Sequence[Finding], inputs: int, seconds: float) -> Table:
     """One row a comparison."""
-    title = f"{engine.path} · {engine.precision} · {inputs} inputs · {seconds:.0f} s"
+    title = f"{escape(str(engine.path))} · {engine.precision} · {inputs} inputs · {seconds:.0f} s"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "compared", "worst", "allowed", ""):
         table.add_column(heading, justify="right" if heading in ("worst", "allowed") else "left")

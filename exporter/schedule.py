@@ -104,11 +104,13 @@ class Importance:
         global_threshold: t, tokens that receive more attention than this (1 on average) are global; 0 takes them all.
         entropy_weight: α in [−1, 1], weight of the patches' entropy.
         vision_layer: tower block whose attention ranks tokens for the decoder; −1 is the last.
+        score_rows: share of the patches, in 1/1024 and evenly spaced, whose attention is looked at (beyond the paper; 1024 is exact).
     """
 
     global_threshold: float = 0.0
     entropy_weight: float = 0.0
     vision_layer: int = -1
+    score_rows: int = KEEP_UNIT
 
     def __post_init__(self) -> None:
         if not _is_number(self.global_threshold) or not 0 <= self.global_threshold <= MAX_GLOBAL_THRESHOLD:
@@ -117,6 +119,13 @@ class Importance:
             raise ScheduleError(f"importance.entropy_weight must be in [-1, 1], got {self.entropy_weight!r}")
         if not _is_int(self.vision_layer):
             raise ScheduleError(f"importance.vision_layer must be a whole number, got {self.vision_layer!r}")
+        if not _is_int(self.score_rows) or not 1 <= self.score_rows <= KEEP_UNIT:
+            raise ScheduleError(f"importance.score_rows must be a whole number in 1..{KEEP_UNIT} (of {KEEP_UNIT}), got {self.score_rows!r}")
+
+    @property
+    def global_rows(self) -> int:
+        """Room for global tokens, in 1/1024 of the patches: received attention averages 1, so fewer than P/t exceed t."""
+        return KEEP_UNIT if self.global_threshold <= 1 else math.ceil(KEEP_UNIT / self.global_threshold)
 
 
 @dataclass(frozen=True)
@@ -184,13 +193,9 @@ class Schedule:
         depth = {"tower": shape.tower.blocks, "decoder": shape.decoder.layers}
         for stage in self.stages:
             if stage.layer >= depth[stage.part]:
-                raise ScheduleError(
-                    f"stage before {stage.part} {stage.layer}: this model's {stage.part} has layers 0..{depth[stage.part] - 1}"
-                )
+                raise ScheduleError(f"stage before {stage.part} {stage.layer}: this model's {stage.part} has layers 0..{depth[stage.part] - 1}")
         if not -shape.tower.blocks <= self.importance.vision_layer < shape.tower.blocks:
-            raise ScheduleError(
-                f"importance.vision_layer {self.importance.vision_layer}: this model's tower has blocks 0..{shape.tower.blocks - 1}"
-            )
+            raise ScheduleError(f"importance.vision_layer {self.importance.vision_layer}: this model's tower has blocks 0..{shape.tower.blocks - 1}")
         last_tower = max((s.layer for s in self.tower_stages), default=0)
         if self.importance.vision_layer % shape.tower.blocks < last_tower and self.needs_importance:
             raise ScheduleError(

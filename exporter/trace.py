@@ -89,9 +89,9 @@ def trace_language(graph: LanguageGraph, shape: ModelShape, schedule: Schedule, 
     names: dict[str, dict[int, str]] = {
         "input_ids": {0: "batch", 1: "length"},
         "position_ids": {1: "batch", 2: "length"},
-        **dict.fromkeys(("visual_embeds", "visual_positions", "importance"), {0: "visual"}),
+        **{name: {0: "visual"} for name in ("visual_embeds", "visual_positions", "importance")},
         "budget_tokens": {0: "budget"},
-        **dict.fromkeys(("past_lengths", "logits", "last_hidden"), {0: "batch"}),
+        **{name: {0: "batch"} for name in ("past_lengths", "logits", "last_hidden")},
     }
     past = cache_names(decoder.layers, "past_key_values")
     present = cache_names(decoder.layers, "present")

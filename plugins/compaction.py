@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .node import emit, function_body, is_tracing, length_tensor
+from .node import emit, function_body, is_tracing, length_vector
+from .torch_ops import register
 
 __all__ = ["FUNCTIONS", "WEIGHT_FLOOR", "gather_tokens", "keep_top", "keep_top_per_cell", "merge_tokens"]
 
@@ -33,9 +34,14 @@ def keep_top(key: Tensor, count: Size) -> Tensor:
         int64 [count].
     """
     if is_tracing():
-        return emit("KeepTop", (key, length_tensor(count, key)), {}, [(torch.int64, (count,))])[0]
+        return emit("KeepTop", (key, length_vector(count, key)), {}, [(torch.int64, (count,))])[0]
+    index: Tensor = _keep_top(key, length_vector(count, key))
+    return index
+
+
+def _reference_keep_top(key: Tensor, survivors: Tensor) -> Tensor:
     order = torch.sort(key, descending=True, stable=True).indices
-    return order[:count].sort().values
+    return order[: survivors.shape[0]].sort().values
 
 
 def keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, count: Size) -> tuple[Tensor, Tensor]:
@@ -54,18 +60,24 @@ def keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, count: Si
     """
     if is_tracing():
         outputs = [(torch.int64, (count,)), (torch.int64, importance.shape)]
-        index, slot = emit("KeepTopPerCell", (importance, cell, cells, length_tensor(count, importance)), {}, outputs)
+        index, slot = emit("KeepTopPerCell", (importance, cell, cells, length_vector(count, importance)), {}, outputs)
         return index, slot
+    index, slot = _keep_top_per_cell(importance, cell, cells, length_vector(count, importance))
+    return index, slot
+
+
+def _reference_keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, survivors: Tensor) -> tuple[Tensor, Tensor]:
+    count = survivors.shape[0]
     tokens, cell_total = importance.shape[0], cells.shape[0]
     order = torch.sort(importance, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=order.device))
-    kept = rank < max(0, int(count) - cell_total)
+    kept = rank < max(0, count - cell_total)
     candidate = torch.where(kept, tokens, rank)
     best = torch.full((cell_total,), tokens, device=rank.device).scatter_reduce_(0, cell, candidate, "amin")
     representative = ~kept & (rank == best[cell])
     key = 2 * tokens * kept.long() + tokens * representative.long() - rank  # all different
-    index = key.topk(int(count)).indices.sort().values
-    place = torch.full((tokens,), -1, device=rank.device).scatter_(0, index, torch.arange(int(count), device=rank.device))
+    index = key.topk(count).indices.sort().values
+    place = torch.full((tokens,), -1, device=rank.device).scatter_(0, index, torch.arange(count, device=rank.device))
     cell_place = torch.full((cell_total,), -1, device=rank.device).scatter_reduce_(0, cell, torch.where(representative, place, -1), "amax")
     return index, torch.where(place >= 0, place, cell_place[cell])
 
@@ -80,14 +92,20 @@ def merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tens
         merged [M, F] (dtype of ``features``; a survivor without members is copied bit for bit), the summed importance of
         each survivor's members float32 [M], and the number of members int64 [M], itself included.
     """
-    survivors = index.shape[0]
     if is_tracing():
+        survivors = index.shape[0]
         outputs = [(features.dtype, (survivors, features.shape[1])), (torch.float32, (survivors,)), (torch.int64, (survivors,))]
         merged, summed, members = emit("MergeTokens", (features, importance, index, slot), {"floor": WEIGHT_FLOOR}, outputs)
         return merged, summed, members
+    merged, summed, members = _merge_tokens(features, importance, index, slot, WEIGHT_FLOOR)
+    return merged, summed, members
+
+
+def _reference_merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    survivors = index.shape[0]
     taken = slot >= 0
     target = slot[taken]
-    weight = importance.clamp(min=0) + WEIGHT_FLOOR
+    weight = importance.clamp(min=0) + floor
     total = weight.new_zeros(survivors).index_add_(0, target, weight[taken])
     share = weight[taken] / total[target]
     merged = features.new_zeros(survivors, features.shape[1], dtype=torch.float32)
@@ -111,19 +129,62 @@ def gather_tokens(hidden: Tensor, cos: Tensor, sin: Tensor, key: Tensor, index: 
         rotary = (cos.dtype, (batch, count, cos.shape[2]))
         outputs = [(hidden.dtype, (batch, count, hidden.shape[2])), rotary, rotary, (torch.float32, (count,))]
         kept = emit("GatherTokens", (hidden, cos, sin, key, index), {}, outputs)
-        return kept[0], kept[1], kept[2], kept[3]
+    else:
+        kept = _gather_tokens(hidden, cos, sin, key, index)
+    return kept[0], kept[1], kept[2], kept[3]
+
+
+def _reference_gather_tokens(hidden: Tensor, cos: Tensor, sin: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden[:, index], cos[:, index], sin[:, index], key[index]
 
 
+def _gathered_shapes(hidden: Tensor, cos: Tensor, sin: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    count = index.shape[0]
+    rows = (x.new_empty(x.shape[0], count, x.shape[2]) for x in (hidden, cos, sin))
+    return *rows, key.new_empty(count)
+
+
+_keep_top = register(
+    "keep_top(Tensor key, Tensor survivors) -> Tensor",
+    _reference_keep_top,
+    lambda key, survivors: key.new_empty(survivors.shape, dtype=torch.int64),
+    "selection_kernels:KEEP_TOP",
+)
+_keep_top_per_cell = register(
+    "keep_top_per_cell(Tensor importance, Tensor cell, Tensor cells, Tensor survivors) -> (Tensor, Tensor)",
+    _reference_keep_top_per_cell,
+    lambda importance, cell, cells, survivors: (cell.new_empty(survivors.shape), cell.new_empty(cell.shape)),
+    "selection_kernels:KEEP_TOP_PER_CELL",
+)
+_merge_tokens = register(
+    "merge_tokens(Tensor features, Tensor importance, Tensor index, Tensor slot, float floor) -> (Tensor, Tensor, Tensor)",
+    _reference_merge_tokens,
+    lambda features, importance, index, slot, floor: (
+        features.new_empty(index.shape[0], features.shape[1]),
+        importance.new_empty(index.shape),
+        index.new_empty(index.shape),
+    ),
+    "compaction_kernels:MERGE_TOKENS",
+)
+_gather_tokens = register(
+    "gather_tokens(Tensor hidden, Tensor cos, Tensor sin, Tensor key, Tensor index) -> (Tensor, Tensor, Tensor, Tensor)",
+    _reference_gather_tokens,
+    _gathered_shapes,
+    "compaction_kernels:GATHER_TOKENS",
+)
+
+
 KEEP_TOP = function_body("""
-KeepTop (key, count) => (index) {
+KeepTop (key, survivors) => (index) {
+    count = Shape(survivors)
     values, order = TopK <axis: int = 0, largest: int = 1, sorted: int = 1>(key, count)
     index, places = TopK <axis: int = 0, largest: int = 0, sorted: int = 1>(order, count)
 }
 """)
 
 KEEP_TOP_PER_CELL = function_body("""
-KeepTopPerCell (importance, cell, cells, count) => (index, slot) {
+KeepTopPerCell (importance, cell, cells, survivors) => (index, slot) {
+    count = Shape(survivors)
     tokens = Shape(importance)
     cell_total = Shape(cells)
     zero = Constant <value_ints: ints = [0]>()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .node import emit, function_body, is_tracing
+from .torch_ops import register
 
 __all__ = ["FUNCTIONS", "last_token_attention"]
 
@@ -29,10 +30,23 @@ def last_token_attention(query: Tensor, key: Tensor, is_visual: Tensor, *, scale
     if is_tracing():
         output = (torch.float32, is_visual.shape)
         return emit("LastTokenAttention", (query, key, is_visual), {"scale": scale}, [output])[0]
+    attention: Tensor = _last_token_attention(query, key, is_visual, scale)
+    return attention
+
+
+def _reference(query: Tensor, key: Tensor, is_visual: Tensor, scale: float) -> Tensor:
     grouped = query.float().reshape(key.shape[0], -1, key.shape[2])  # [KV, H/KV, D]
     scores = grouped @ key.float().transpose(1, 2) * scale  # [KV, H/KV, S]
     attention = torch.softmax(torch.where(is_visual, scores, MASKED), -1)
     return torch.where(is_visual, attention.mean((0, 1)), 0.0)
+
+
+_last_token_attention = register(
+    "last_token_attention(Tensor query, Tensor key, Tensor is_visual, float scale) -> Tensor",
+    _reference,
+    lambda query, key, is_visual, scale: query.new_empty(is_visual.shape, dtype=torch.float32),
+    "guidance_kernels:LAST_TOKEN_ATTENTION",
+)
 
 
 LAST_TOKEN_ATTENTION = function_body("""

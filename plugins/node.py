@@ -1,7 +1,7 @@
 """How a ``vflow`` op is called: computed when called, one node when traced.
 
 Each op of the domain is a Python function beside its ONNX function body. Under ``torch.onnx.export`` the function
-emits the node; otherwise it computes the reference. Output shapes are given explicitly, so that counts stay
+emits the node; otherwise it calls the PyTorch operator (``torch_ops.py``). Output shapes are given explicitly, so that counts stay
 expressions of the shapes that enter.
 """
 
@@ -14,7 +14,7 @@ import onnx.parser
 import torch
 from torch import Tensor
 
-__all__ = ["DOMAIN", "OPSET", "VERSION", "emit", "function_body", "is_tracing", "length_tensor"]
+__all__ = ["DOMAIN", "OPSET", "VERSION", "emit", "function_body", "is_tracing", "length_vector"]
 
 DOMAIN = "vflow"
 VERSION = 1
@@ -41,9 +41,13 @@ def emit(op: str, inputs: Sequence[Tensor], attributes: Attributes, outputs: Seq
     )
 
 
-def length_tensor(length: int | torch.SymInt, like: Tensor) -> Tensor:
-    """A size as int64 [1], the form in which nodes take counts."""
-    return torch.full((1,), length, dtype=torch.int64, device=like.device)  # type: ignore[arg-type]  # sizes are symbolic when traced
+def length_vector(length: int | torch.SymInt, like: Tensor) -> Tensor:
+    """A count as the length of a vector int32 [length] whose values do not matter.
+
+    That is the form in which nodes take counts: output shapes may follow from input shapes in every engine, but from values in a
+    TensorRT plugin never.
+    """
+    return torch.zeros(length, dtype=torch.int32, device=like.device)
 
 
 def function_body(text: str) -> onnx.FunctionProto:

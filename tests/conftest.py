@@ -23,7 +23,33 @@ settings.register_profile("wide", deadline=None, max_examples=1000)
 settings.load_profile("suite")
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<unk>"]
-WORDS = "user assistant system ? . , what shape color is the object objects how many are there a left right of or above below list".split()
+WORDS = [
+    "user",
+    "assistant",
+    "system",
+    "?",
+    ".",
+    ",",
+    "what",
+    "shape",
+    "color",
+    "is",
+    "the",
+    "object",
+    "objects",
+    "how",
+    "many",
+    "are",
+    "there",
+    "a",
+    "left",
+    "right",
+    "of",
+    "or",
+    "above",
+    "below",
+    "list",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from vflow.exporter.schedule import Schedule, Stage
 
 PATCH_SIZE = 4  # so that a visual token is 8 pixels wide and images stay small
 MAX_VISUAL_TOKENS, MAX_TEXT_TOKENS = 64, 64  # of the engines
+DECODER_STAGES = Schedule((Stage("decoder", 0, 500), Stage("decoder", 2, 250)))
 
 
 def picture(rows: int, columns: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ image, G = merge_size² patches a token, P = N · G patches, C the tower's width
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..schedule import Schedule, Stage, cell_count, cell_of, keep_count
 from ..shape import DecoderShape, ModelShape, TowerShape
 from ..standard_ops import attention, cached_causal_attention, rms_norm, rotary_embedding, tensor_scatter
 
-__all__ = ["FAMILY", "LanguageGraph", "VisionGraph", "image_token_ids", "model_shape"]
+__all__ = ["FAMILY", "LanguageGraph", "TowerState", "VisionGraph", "image_token_ids", "model_shape"]
 
 FAMILY = "qwen2_vl"
 TOWER_ROPE_THETA = 10_000.0  # fixed in the architecture
@@ -58,6 +59,27 @@ def image_token_ids(config: Qwen2VLConfig) -> dict[str, int]:
     return {"image": config.image_token_id, "vision_start": config.vision_start_token_id, "vision_end": config.vision_end_token_id}
 
 
+@dataclass(frozen=True)
+class TowerState:
+    """What travels along the tower: ``alive`` visual tokens of ``rows`` × ``columns`` original ones.
+
+    Attributes:
+        hidden: T [alive · G, C]; cos, sin: T [alive · G, head_dim/2]; entropy: float32 [alive · G] or None.
+        importance: float32 [alive], of the last scoring; index: int64 [alive], original indices.
+        budget: tokens from which stages count.
+    """
+
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+    entropy: Tensor | None
+    importance: Tensor
+    index: Tensor
+    rows: int
+    columns: int
+    budget: int
+
+
 class VisionGraph(nn.Module):
     """Tower, merger and everything that happens to visual tokens before the language model; one image a call."""
 
@@ -66,7 +88,9 @@ class VisionGraph(nn.Module):
         self.visual = visual
         self.shape, self.schedule = shape.tower, schedule
         self.stages = {stage.layer: stage for stage in schedule.tower_stages}
-        self.vision_layer = schedule.importance.vision_layer % shape.tower.blocks
+        self.scoring_blocks = {layer - 1 for layer in self.stages if layer > 0}
+        if schedule.needs_importance:
+            self.scoring_blocks.add(schedule.importance.vision_layer % shape.tower.blocks)
 
     def uses_entropy(self) -> bool:
         """Whether any stage reads the patches' entropy."""
@@ -88,39 +112,53 @@ class VisionGraph(nn.Module):
         Returns:
             visual_embeds T [M, H], importance float32 [M] (zeros where nothing is ranked), index int64 [M], ascending.
         """
-        rows, columns, group, _ = pixel_values.shape
+        rows, columns = pixel_values.shape[:2]
         budget = budget_tokens.shape[0] if budget_tokens is not None else rows * columns
+        state = self.begin(pixel_values, entropy, budget)
+        return self.finish(self.run_blocks(state, 0, self.shape.blocks))
+
+    def begin(self, pixel_values: Tensor, entropy: Tensor | None, budget: int) -> TowerState:
+        """The state before block 0."""
+        rows, columns, group, _ = pixel_values.shape
         patches = pixel_values.reshape(rows * columns * group, self.shape.patch_dim)
         entropy = entropy.reshape(rows * columns * group) if entropy is not None else None
-        hidden = F.linear(patches, self.visual.patch_embed.proj.weight.reshape(self.shape.embed_dim, self.shape.patch_dim))  # [P, C]
+        hidden = F.linear(patches, self.visual.patch_embed.proj.weight.reshape(self.shape.embed_dim, self.shape.patch_dim))
         cos, sin = self._rotary(rows, columns, hidden)
+        if 0 in self.stages:
+            importance = pixel_importance(patches, entropy, group)
+        else:
+            importance = torch.zeros(rows * columns, dtype=torch.float32, device=hidden.device)
         index = torch.arange(rows * columns, device=hidden.device)
-        importance = torch.zeros(rows * columns, dtype=torch.float32, device=hidden.device)
-        scoring_blocks = {layer - 1 for layer in self.stages if layer > 0}
-        if self.schedule.needs_importance:
-            scoring_blocks.add(self.vision_layer)
+        return TowerState(hidden, cos, sin, entropy, importance, index, rows, columns, budget)
 
-        for number, block in enumerate(self.visual.blocks):
+    def run_blocks(self, state: TowerState, first: int, end: int) -> TowerState:
+        """Blocks ``first`` to ``end`` − 1 with the stages before them."""
+        for number in range(first, end):
+            block = self.visual.blocks[number]
             stage = self.stages.get(number)
             if stage is not None:
-                score = importance if number > 0 else pixel_importance(patches, entropy, group)
-                hidden, importance, kept = self._prune(stage, hidden, score, index, rows, columns, budget)
-                index, cos, sin = index[kept], _take_groups(cos, kept, group), _take_groups(sin, kept, group)
-                entropy = _take_groups(entropy, kept, group) if entropy is not None else None
-            mixed, query, key = self._attention(block, hidden, cos, sin)
-            if number in scoring_blocks:
-                importance = self._score(query, key, entropy)
-            hidden = hidden + mixed
-            hidden = hidden + block.mlp(block.norm2(hidden))
+                hidden, importance, kept = self._prune(stage, state.hidden, state)
+                state = _survivors(state, hidden, importance, kept, self.shape.group)
+            mixed, query, key = self._attention(block, state.hidden, state.cos, state.sin)
+            importance = self.score(query, key, state.entropy) if number in self.scoring_blocks else state.importance
+            hidden = state.hidden + mixed
+            state = replace(state, hidden=hidden + block.mlp(block.norm2(hidden)), importance=importance)
+        return state
 
+    def attend(self, number: int, state: TowerState) -> tuple[Tensor, Tensor]:
+        """Queries and keys [heads, alive · G, head_dim] of block ``number``, for scoring apart from the walk."""
+        _, query, key = self._attention(self.visual.blocks[number], state.hidden, state.cos, state.sin)
+        return query, key
+
+    def finish(self, state: TowerState) -> tuple[Tensor, Tensor, Tensor]:
+        """Merger and first decoder stage: visual_embeds, importance, index as ``forward`` returns them."""
         merger = self.visual.merger
-        visual_embeds = merger.mlp(merger.ln_q(hidden).reshape(index.shape[0], group * self.shape.embed_dim))  # [N', H]
-        if self.schedule.first_stage is not None:
-            visual_embeds, importance, kept = self._prune(
-                self.schedule.first_stage, visual_embeds, importance, index, rows, columns, budget, final=True
-            )
-            index = index[kept]
-        return visual_embeds, importance, index
+        group_width = self.shape.group * self.shape.embed_dim
+        visual_embeds = merger.mlp(merger.ln_q(state.hidden).reshape(state.index.shape[0], group_width))  # [alive, H]
+        if self.schedule.first_stage is None:
+            return visual_embeds, state.importance, state.index
+        visual_embeds, importance, kept = self._prune(self.schedule.first_stage, visual_embeds, state, final=True)
+        return visual_embeds, importance, state.index[kept]
 
     def _attention(self, block: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A block's attention over all patches [P, C]: its output, and its queries and keys [heads, P, head_dim]."""
@@ -132,29 +170,35 @@ class VisionGraph(nn.Module):
         mixed = attention(query, key, qkv[2], scale=head_dim**-0.5)
         return block.attn.proj(mixed.transpose(1, 2).reshape(patches, self.shape.embed_dim)), query[0], key[0]
 
-    def _score(self, query: Tensor, key: Tensor, entropy: Tensor | None) -> Tensor:
-        """Importance of the groups alive: float32 [tokens] from queries and keys of their patches."""
+    def score(self, query: Tensor, key: Tensor, entropy: Tensor | None) -> Tensor:
+        """Importance of the tokens alive: float32 [alive] from queries and keys [heads, alive · G, head_dim] of their patches."""
         settings = self.schedule.importance
-        relevance = context_relevance(query, key, scale=self.shape.head_dim**-0.5, global_threshold=settings.global_threshold)
+        relevance = context_relevance(
+            query,
+            key,
+            scale=self.shape.head_dim**-0.5,
+            global_threshold=settings.global_threshold,
+            score_rows=settings.score_rows,
+            global_rows=settings.global_rows,
+        )
         if entropy is not None:
             relevance = add_entropy(relevance, entropy, entropy_weight=settings.entropy_weight)
         return relevance.reshape(-1, self.shape.group).mean(1)
 
-    def _prune(self, stage: Stage, features: Tensor, importance: Tensor, index: Tensor, rows: int, columns: int, budget: int,
-               final: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def _prune(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """One stage over the tokens alive: their features, importance, and places among those that were alive.
 
-        ``features`` is [tokens · G, C] in the tower and [tokens, H] after the merger (``final``).
+        ``features`` is [alive · G, C] in the tower and [alive, H] after the merger (``final``).
         """
-        count = keep_count(budget, stage.keep)
+        count, importance = keep_count(state.budget, stage.keep), state.importance
         width = features.shape[1]
-        wide = features if final else features.reshape(-1, self.shape.group * width)  # a group travels as one row
+        wide = features if final else features.reshape(-1, self.shape.group * width)  # a token's patches travel as one row
         if stage.cell is None:
             kept = keep_top(importance, count)
             wide, survivor_importance = wide[kept], importance[kept]
         else:
-            cell, cells = _grid_cells(rows, columns, stage.cell, features.device)
-            kept, slot = keep_top_per_cell(importance, cell[index], cells, count)
+            cell, cells = _grid_cells(state.rows, state.columns, stage.cell, features.device)
+            kept, slot = keep_top_per_cell(importance, cell[state.index], cells, count)
             wide, summed, members = merge_tokens(wide, importance, kept, slot)
             survivor_importance = importance[kept]
             if final and self.schedule.recycled_importance == "sum":
@@ -194,6 +238,19 @@ def _grid_cells(rows: int, columns: int, cell: int, device: torch.device) -> tup
     column = cell_of(torch.arange(columns, device=device), cell)
     cells = torch.arange(cell_count(rows, cell) * across, device=device)
     return (row[:, None] * across + column).reshape(rows * columns), cells
+
+
+def _survivors(state: TowerState, hidden: Tensor, importance: Tensor, kept: Tensor, group: int) -> TowerState:
+    """The state of the tokens ``kept``, whose features have been gathered (and merged) already."""
+    return replace(
+        state,
+        hidden=hidden,
+        importance=importance,
+        index=state.index[kept],
+        cos=_take_groups(state.cos, kept, group),
+        sin=_take_groups(state.sin, kept, group),
+        entropy=_take_groups(state.entropy, kept, group) if state.entropy is not None else None,
+    )
 
 
 def _take_groups(x: Tensor, kept: Tensor, group: int) -> Tensor:
@@ -237,7 +294,7 @@ class LanguageGraph(nn.Module):
         Returns:
             logits float32 [B, vocab] and hidden states after the final norm [B, H], both of the last token, and the caches.
         """
-        batch, length = input_ids.shape
+        length = input_ids.shape[1]
         embeds = F.embedding(input_ids, self.language_model.embed_tokens.weight)
         hidden = _put_rows(embeds, visual_positions, visual_embeds)
         cos, sin = self._rotary(position_ids, hidden)

@@ -203,12 +203,18 @@ def _exists(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _horizontal(scene: Scene, rng: np.random.Generator) -> Question | None:
     pair = _pair(scene, rng, lambda o: o.x)
-    return pair and Question("horizontal", f"is the {pair[0].name} left or right of the {pair[1].name} ?", "left" if pair[0].x < pair[1].x else "right")
+    if pair is None:
+        return None
+    first, second = pair
+    return Question("horizontal", f"is the {first.name} left or right of the {second.name} ?", "left" if first.x < second.x else "right")
 
 
 def _vertical(scene: Scene, rng: np.random.Generator) -> Question | None:
     pair = _pair(scene, rng, lambda o: o.y)
-    return pair and Question("vertical", f"is the {pair[0].name} above or below the {pair[1].name} ?", "above" if pair[0].y < pair[1].y else "below")
+    if pair is None:
+        return None
+    first, second = pair
+    return Question("vertical", f"is the {first.name} above or below the {second.name} ?", "above" if first.y < second.y else "below")
 
 
 def _list(scene: Scene, rng: np.random.Generator) -> Question | None:

@@ -12,6 +12,7 @@ from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.model import load_model
 from vflow.exporter.schedule import Schedule
 
+
 @pytest.fixture(params=list(SCHEDULES))
 def schedule(request: pytest.FixtureRequest) -> Schedule:
     """Each schedule in turn."""

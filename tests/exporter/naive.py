@@ -140,9 +140,7 @@ def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: i
     embeds = linear(torch.nn.functional.gelu(linear(merged, w, "visual.merger.mlp.0")), w, "visual.merger.mlp.2")
     first = next((s for s in schedule.stages if s.part == "decoder" and s.layer == 0), None)
     if first is not None:
-        embeds, score, kept = prune(
-            embeds, score, index, count_of(budget, first.keep), first.recycle, rows, columns, schedule.recycled_importance
-        )
+        embeds, score, kept = prune(embeds, score, index, count_of(budget, first.keep), first.recycle, rows, columns, schedule.recycled_importance)
         index = [index[i] for i in kept]
     return embeds, score, index
 

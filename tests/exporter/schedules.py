@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from support import DECODER_STAGES
 from vflow.exporter.schedule import Importance, Schedule, Stage, unpruned_schedule
 
 SCHEDULES: dict[str, Schedule] = {
     "unpruned": unpruned_schedule(),
-    "decoder": Schedule((Stage("decoder", 0, 500), Stage("decoder", 2, 250))),
+    "decoder": DECODER_STAGES,
     "tower and decoder": Schedule(
         (Stage("tower", 1, 800, 2.5), Stage("tower", 2, 600), Stage("decoder", 0, 400, 2.0), Stage("decoder", 1, 300), Stage("decoder", 3, 100)),
         Importance(global_threshold=1.3, entropy_weight=0.3),

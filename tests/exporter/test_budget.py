@@ -76,11 +76,21 @@ def test_tower_stages_gain_what_the_method_says() -> None:
 
 def test_scoring_is_counted_as_the_function_bodies_compute_it() -> None:
     patches, heads, wide = 24, 2, 4 + 8  # head_dim + the eight dimensions that the lowering adds
-    lse = heads * (2 * patches * patches * 4 * 2 + 2 * patches * patches * wide * 2)  # the guess, then the sum
-    mean = heads * 2 * patches * patches * wide * 2
-    for threshold, calls in ((0.0, 1), (3.0, 2)):
+
+    def attention(rows: int, width: int) -> int:
+        return heads * 2 * matmul(rows, width, patches)  # scores, then the mix
+
+    every_row = 2 * attention(patches, wide) + attention(patches, 4)  # log-sum-exp with its guess, received attention
+    for threshold, extra in ((0.0, 0), (0.5, attention(patches, wide)), (3.0, attention(9, wide))):  # fewer than 24 / 3 exceed 3; 9 in 1/1024
         schedule = Schedule((Stage("decoder", 0, 100),), Importance(global_threshold=threshold))
-        assert cost(schedule, SMALL, rows=2, columns=3, text_tokens=0).scoring_flops == lse + calls * mean
+        assert cost(schedule, SMALL, rows=2, columns=3, text_tokens=0).scoring_flops == every_row + extra
+
+
+def test_merging_is_counted_by_the_cells_of_the_grid() -> None:
+    plain, merging = (Schedule((Stage("decoder", 0, 100, recycle),)) for recycle in (None, 2.0))
+    without, with_merging = (cost(schedule, SMALL, rows=2, columns=9, text_tokens=0).scoring_flops for schedule in (plain, merging))
+    kept, tokens, cells = 2, 18, 1 * 5
+    assert with_merging - without == matmul(kept, tokens, 8) + 2 * cells * tokens
 
 
 def test_a_block_that_ranks_for_two_stages_is_scored_once() -> None:
@@ -144,7 +154,9 @@ def test_keeping_everything_prunes_nothing(name: str) -> None:
     assert schedule.average_keep(28) == 1.0
 
 
-@pytest.mark.parametrize(("name", "keep"), [("best", 0.1), ("paper", 0.0), ("paper", 1.01), ("tower", -0.1), ("tower", float("nan")), ("paper", 0.0009)])
+@pytest.mark.parametrize(
+    ("name", "keep"), [("best", 0.1), ("paper", 0.0), ("paper", 1.01), ("tower", -0.1), ("tower", float("nan")), ("paper", 0.0009)]
+)
 def test_presets_refuse_unknown_names_and_budgets(name: str, keep: float) -> None:
     with pytest.raises(ScheduleError, match=r"unknown preset|keep must be above 0|below 1/1024"):
         preset_schedule(name, QWEN2_VL_2B, keep)

@@ -19,10 +19,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 from vflow.exporter.build import BuildOptions, build_engine
-from vflow.exporter.checkpoint import CheckpointError, TensorReader, open_checkpoint, resolve_model
+from vflow.exporter.checkpoint import CheckpointError, TensorReader, _read_config, open_checkpoint, resolve_model
 from vflow.exporter.model import load_model
+from vflow.exporter.models.qwen2_vl import image_token_ids, model_shape
 from vflow.exporter.onnx_writer import _check
 from vflow.exporter.schedule import unpruned_schedule
+from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
 
 WEIGHTS = "model.safetensors"
 OPTIONS = BuildOptions(max_visual_tokens=64, max_text_tokens=64)
@@ -130,12 +132,37 @@ def test_impossible_sizes_are_refused_by_file(copy: Path, part: str, change: dic
     ("change", "message"),
     [
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "use_sliding_window is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "mrope_section": [2, 1, 1]}}, "rope_type 'yarn' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "mrope_section": [2, 1, 1]}},
+            "rope_type 'yarn' is not supported",
+        ),
     ],
 )
 def test_variants_that_the_graphs_do_not_compute_are_refused(copy: Path, change: dict[str, Any], message: str) -> None:
     edit_json(copy / "config.json", lambda values: values["text_config"].update(change))
     refused(copy, message)
+
+
+# config.json of Qwen/Qwen2-VL-2B-Instruct, as written by transformers 4: sizes of the decoder at the top, rope under its old name.
+PUBLISHED = {
+    "model_type": "qwen2_vl", "hidden_act": "silu", "hidden_size": 1536, "intermediate_size": 8960, "max_position_embeddings": 32768,
+    "max_window_layers": 28, "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "sliding_window": 32768, "vocab_size": 151936,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False, "bos_token_id": 151643, "eos_token_id": 151645,
+    "vision_start_token_id": 151652, "vision_end_token_id": 151653, "image_token_id": 151655, "video_token_id": 151656,
+    "vision_config": {
+        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 1536, "patch_size": 14,
+        "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+    },
+}  # fmt: skip
+
+
+def test_the_published_configuration_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    config = _read_config(tmp_path)
+    assert model_shape(config) == ModelShape(TowerShape(32, 1280, 16, 5120, 1176, 2), DecoderShape(28, 1536, 12, 2, 128, 8960, 151_936))
+    assert image_token_ids(config) == {"image": 151655, "vision_start": 151652, "vision_end": 151653}
+    assert (config.text_config.rope_parameters["rope_theta"], config.tie_word_embeddings) == (1000000.0, True)
 
 
 def test_a_folder_without_configuration_or_weights_is_refused(tmp_path: Path, copy: Path) -> None:

@@ -157,7 +157,7 @@ def test_other_vision_graphs_keep_the_same_tokens(random_checkpoint: Path, model
 
 @pytest.fixture(scope="module")
 def decoder_engine(build: Callable[..., Engine], random_checkpoint: Path) -> Iterator[Engine]:
-    yield build(random_checkpoint, SCHEDULES["decoder"])
+    return build(random_checkpoint, SCHEDULES["decoder"])
 
 
 def test_rows_of_a_batch_decode_as_if_alone(decoder_engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,10 @@ from vflow.plugins.node import DOMAIN, OPSET
 
 PRUNED, GUIDED = "tower and decoder", "guided, no first stage"
 CASES = [(name, graph) for name in ("unpruned", PRUNED, GUIDED) for graph in ("vision", "language")]
-FUSED = {"vision": {"Attention": 3, "RotaryEmbedding": 6}, "language": {"Attention": 4, "RotaryEmbedding": 8, "RMSNormalization": 9, "TensorScatter": 8}}
+FUSED = {
+    "vision": {"Attention": 3, "RotaryEmbedding": 6},
+    "language": {"Attention": 4, "RotaryEmbedding": 8, "RMSNormalization": 9, "TensorScatter": 8},
+}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +149,7 @@ def test_all_weights_are_in_one_file_and_none_twice(
     assert sum(length for _, length in spans) == open_checkpoint(str(request.getfixturevalue(kind))).size  # each weight once
     ordered = sorted(spans)
     assert all(offset % 4096 == 0 for offset, _ in ordered)
-    assert all(a + length <= b for (a, length), (b, _) in zip(ordered, ordered[1:], strict=False))
+    assert all(a + length <= b for (a, length), (b, _) in itertools.pairwise(ordered))
     assert sum(ordered[-1]) == (engine.path / "weights.bin").stat().st_size
     assert sorted(engine.files) == ["chat_template.jinja", "language.onnx", "schedule.json", "tokenizer.json", "vision.onnx", "weights.bin"]
 

@@ -40,9 +40,7 @@ def run_vision(model: Any, schedule: Schedule, rows: int, columns: int) -> tuple
 def prompt(schedule: Schedule, rows: int, columns: int, index: Tensor) -> tuple[list[int], Tensor, list[int]]:
     input_ids = TEXT_BEFORE + [IMAGE] * len(index) + TEXT_AFTER
     survivors = ImageSurvivors(rows, columns, index.numpy())
-    positions, _ = prompt_positions(
-        np.array(input_ids), [survivors], image_token=IMAGE, renumber_first_stage=schedule.renumber_first_stage
-    )
+    positions, _ = prompt_positions(np.array(input_ids), [survivors], image_token=IMAGE, renumber_first_stage=schedule.renumber_first_stage)
     return input_ids, torch.from_numpy(positions), list(range(len(TEXT_BEFORE), len(TEXT_BEFORE) + len(index)))
 
 

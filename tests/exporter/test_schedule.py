@@ -43,7 +43,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     ]
     return Schedule(
         stages=tuple(stages),
-        importance=Importance(draw(st.floats(0, 50)), draw(st.floats(-1, 1)), draw(st.sampled_from([-1, 3]))),
+        importance=Importance(draw(st.floats(0, 50)), draw(st.floats(-1, 1)), draw(st.sampled_from([-1, 3])), draw(st.integers(1, 1024))),
         recycled_importance=draw(st.sampled_from(["own", "sum", "protected"])),
         guidance_weight=draw(st.floats(0, 1)),
         renumber_first_stage=draw(st.booleans()),
@@ -145,6 +145,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"importance": {"entropy_weight": 1.01}}, r"importance.entropy_weight must be in \[-1, 1\]"),
     ({"importance": {"entropy_weight": -HUGE}}, r"importance.entropy_weight must be in \[-1, 1\]"),
     ({"importance": {"vision_layer": 1.0}}, "importance.vision_layer must be a whole number"),
+    ({"importance": {"score_rows": 0}}, r"importance.score_rows must be a whole number in 1\.\.1024"),
+    ({"importance": {"score_rows": 1025}}, r"importance.score_rows must be a whole number in 1\.\.1024"),
     ({"importance": {"alpha": 0}}, "importance: unknown field 'alpha'"),
     ({"recycled_importance": "mean"}, "recycled_importance must be 'own', 'sum' or 'protected'"),
     ({"recycled_importance": ["own"]}, "recycled_importance must be 'own', 'sum' or 'protected'"),
@@ -200,7 +202,10 @@ CHECKS = [
     (Schedule((Stage("decoder", 6, 500),)), r"stage before decoder 6: this model's decoder has layers 0\.\.5"),
     (Schedule(importance=Importance(vision_layer=4)), r"vision_layer 4: this model's tower has blocks 0\.\.3"),
     (Schedule(importance=Importance(vision_layer=-5)), r"vision_layer -5: this model's tower has blocks 0\.\.3"),
-    (Schedule((Stage("tower", 3, 500), Stage("decoder", 0, 400)), Importance(vision_layer=1)), "vision_layer 1 lies before the tower stage at block 3"),
+    (
+        Schedule((Stage("tower", 3, 500), Stage("decoder", 0, 400)), Importance(vision_layer=1)),
+        "vision_layer 1 lies before the tower stage at block 3",
+    ),
 ]
 
 

@@ -16,19 +16,26 @@ from vflow.plugins.node import DOMAIN, OPSET, VERSION
 FUNCTIONS = {f.name: f for module in (importance, compaction, guidance) for f in module.FUNCTIONS}
 OUTPUTS: dict[str, list[tuple[str | None, int]]] = {  # type (None: that of the first input) and rank
     "RowLogSumExp": [("float32", 2)],
-    "MaskedColumnMean": [("float32", 1)],
+    "MaskedColumnMean": [("float32", 2)],
     "KeepTop": [("int64", 1)],
     "KeepTopPerCell": [("int64", 1), ("int64", 1)],
     "MergeTokens": [(None, 2), ("float32", 1), ("int64", 1)],
     "GatherTokens": [(None, 3), (None, 3), (None, 3), ("float32", 1)],
     "LastTokenAttention": [("float32", 1)],
 }
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+}
 
 
 @lru_cache(maxsize=None)
-def _session(op: str, inputs: tuple[tuple[str, int], ...], attributes: tuple[tuple[str, float], ...]) -> onnxruntime.InferenceSession:
-    function = FUNCTIONS[op]
+def _session(body: bytes, inputs: tuple[tuple[str, int], ...], attributes: tuple[tuple[str, float], ...]) -> onnxruntime.InferenceSession:
+    function = onnx.FunctionProto.FromString(body)
+    op = function.name
     node = helper.make_node(op, list(function.input), list(function.output), domain=DOMAIN, **dict(attributes))
     values = [helper.make_tensor_value_info(name, TYPES[dtype], [None] * rank) for name, (dtype, rank) in zip(function.input, inputs, strict=True)]
     outputs = [
@@ -50,6 +57,11 @@ def _session(op: str, inputs: tuple[tuple[str, int], ...], attributes: tuple[tup
 
 def run_op(op: str, *inputs: Any, **attributes: float) -> list[NDArray[Any]]:
     """Outputs of the op's function body; inputs are arrays or tensors."""
+    return run_body(FUNCTIONS[op], *inputs, **attributes)
+
+
+def run_body(function: onnx.FunctionProto, *inputs: Any, **attributes: float) -> list[NDArray[Any]]:
+    """Outputs of a function body that need not be the op's own."""
     arrays = [np.asarray(value) for value in inputs]
-    session = _session(op, tuple((str(a.dtype), a.ndim) for a in arrays), tuple(attributes.items()))
-    return session.run(None, dict(zip(FUNCTIONS[op].input, arrays, strict=True)))
+    session = _session(function.SerializeToString(deterministic=True), tuple((str(a.dtype), a.ndim) for a in arrays), tuple(attributes.items()))
+    return session.run(None, dict(zip(function.input, arrays, strict=True)))

@@ -61,7 +61,7 @@ def test_survivors_and_slots_are_those_of_the_definition(case: Case) -> None:
 def test_function_body_selects_the_same_tokens(case: Case) -> None:
     importance, cell, cells, count = case
     index, slot = keep_top_per_cell(importance, cell, cells, count)
-    actual = run_op("KeepTopPerCell", importance, cell, cells, np.array([count]))
+    actual = run_op("KeepTopPerCell", importance, cell, cells, np.zeros(count, np.int32))
     np.testing.assert_array_equal(actual[0], index)
     np.testing.assert_array_equal(actual[1], slot)
 
@@ -116,14 +116,14 @@ def test_keep_top_breaks_ties_to_the_lower_index_in_both_forms(values: list[floa
     key = torch.tensor(values)
     expected = sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
     assert keep_top(key, count).tolist() == expected
-    assert run_op("KeepTop", key, np.array([count]))[0].tolist() == expected
+    assert run_op("KeepTop", key, np.zeros(count, np.int32))[0].tolist() == expected
 
 
 @pytest.mark.parametrize("tokens", [1, 300, 5000])
 def test_ties_are_broken_alike_at_any_size(tokens: int) -> None:
     key = torch.tensor(np.random.default_rng(0).integers(0, 9, tokens), dtype=torch.float32)
     for count in {1, (tokens + 1) // 2, tokens}:
-        np.testing.assert_array_equal(run_op("KeepTop", key, np.array([count]))[0], keep_top(key, count))
+        np.testing.assert_array_equal(run_op("KeepTop", key, np.zeros(count, np.int32))[0], keep_top(key, count))
 
 
 @given(cases())
@@ -139,7 +139,9 @@ def test_keep_1024_changes_nothing_bit_for_bit(case: Case) -> None:
     assert torch.equal(merged, features)
     assert torch.equal(summed, importance)
     assert members.tolist() == [1] * tokens
-    exported = run_op("MergeTokens", features, importance, *run_op("KeepTopPerCell", importance, cell, cells, np.array([count])), floor=WEIGHT_FLOOR)
+    exported = run_op(
+        "MergeTokens", features, importance, *run_op("KeepTopPerCell", importance, cell, cells, np.zeros(count, np.int32)), floor=WEIGHT_FLOOR
+    )
     assert exported[0].tobytes() == features.numpy().tobytes()
 
 

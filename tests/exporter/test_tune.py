@@ -1,0 +1,88 @@
+"""Tuning: the cached objective is the plain one, searches improve on their start, resume, and refuse another model's study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from schedules import SCHEDULES
+from support import picture
+from vflow.exporter.checkpoint import open_checkpoint
+from vflow.exporter.schedule import Importance, Schedule, ScheduleError, Stage
+from vflow.exporter.search_space import Budget, SearchSpace
+from vflow.exporter.tune import CalibrationSample, FlowObjective, tune_schedule
+
+optuna = pytest.importorskip("optuna")
+
+
+@pytest.fixture(scope="module")
+def objective(random_checkpoint: Path) -> FlowObjective:
+    samples = [CalibrationSample(picture(4, 5, seed), "how many objects are there ?") for seed in range(3)]
+    return FlowObjective(open_checkpoint(str(random_checkpoint)), samples, blocks=(1, 2))
+
+
+@pytest.fixture
+def space(objective: FlowObjective) -> SearchSpace:
+    return SearchSpace.for_model(objective.shape, Budget(keep=0.4, rows=4, columns=5))
+
+
+def test_nothing_pruned_keeps_the_representation(objective: FlowObjective) -> None:
+    assert objective.score(Schedule()) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_cached_objective_equals_the_plain_one(objective: FlowObjective, name: str) -> None:
+    assert objective.score(SCHEDULES[name]) == pytest.approx(objective.score_plainly(SCHEDULES[name]), abs=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.5, 40.0])
+@pytest.mark.parametrize("score_rows", [1024, 300])
+def test_cached_importance_follows_its_parameters(objective: FlowObjective, threshold: float, score_rows: int) -> None:
+    importance = Importance(global_threshold=threshold, entropy_weight=0.5, score_rows=score_rows)
+    schedule = Schedule((Stage("tower", 2, 600), Stage("decoder", 0, 300, 2.0)), importance)
+    assert objective.score(schedule) == pytest.approx(objective.score_plainly(schedule), abs=1e-6)
+
+
+def test_pruning_everything_but_a_token_hurts_more_than_pruning_half(objective: FlowObjective) -> None:
+    half, one = (objective.score(Schedule((Stage("decoder", 0, keep),))) for keep in (512, 1))
+    assert one < half < 1
+
+
+def test_search_is_at_least_as_good_as_the_point_it_starts_from(objective: FlowObjective, space: SearchSpace) -> None:
+    start = space.middle()
+    result = tune_schedule(objective, space, fingerprint="abc", trials=6, start=[start])
+    assert result.value >= objective.score(space.schedule(start)) - 1e-9
+    assert objective.score(result.schedule) == pytest.approx(result.value, abs=1e-9)
+    assert result.schedule.average_keep(objective.shape.decoder.layers) <= 0.4
+    assert result.schedule.model == "abc"
+    assert result.trials == 6
+
+
+def test_a_study_in_a_file_is_resumed(objective: FlowObjective, space: SearchSpace, tmp_path: Path) -> None:
+    study = str(tmp_path / "study.log")
+    first = tune_schedule(objective, space, fingerprint="abc", trials=3, storage=study)
+    second = tune_schedule(objective, space, fingerprint="abc", trials=2, storage=study)
+    assert (first.trials, second.trials) == (3, 5)
+    assert second.value >= first.value
+
+
+def test_a_study_of_another_model_or_search_is_refused(objective: FlowObjective, space: SearchSpace, tmp_path: Path) -> None:
+    study = str(tmp_path / "study.log")
+    tune_schedule(objective, space, fingerprint="abc", trials=1, storage=study)
+    with pytest.raises(ScheduleError, match="another model"):
+        tune_schedule(objective, space, fingerprint="def", trials=1, storage=study)
+    other = SearchSpace.for_model(objective.shape, Budget(keep=0.2, rows=4, columns=5))
+    with pytest.raises(ScheduleError, match="another space"):
+        tune_schedule(objective, other, fingerprint="abc", trials=1, storage=study)
+
+
+def test_no_samples_are_refused(random_checkpoint: Path) -> None:
+    with pytest.raises(ScheduleError, match="at least one sample"):
+        FlowObjective(open_checkpoint(str(random_checkpoint)), [])
+
+
+def test_prompts_of_other_lengths_and_pictures_of_other_sizes_mix(random_checkpoint: Path) -> None:
+    samples = [CalibrationSample(picture(2, 3), "what is there ?"), CalibrationSample(picture(5, 4), "list the objects .")]
+    mixed = FlowObjective(open_checkpoint(str(random_checkpoint)), samples)
+    assert np.isfinite(mixed.score(Schedule((Stage("decoder", 0, 300),))))

@@ -1,0 +1,54 @@
+"""Kernels compiled once for all tests, and what the tests of the kernels print when all is done."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernel_errors import worst
+from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
+from vflow.plugins.contract import PRECISIONS
+
+# Odd sizes: a head dimension of two tiles, a group of 3 heads a key head, widths that are no powers of two.
+SHAPE = ModelShape(TowerShape(4, 320, 4, 1280, 1176, 2), DecoderShape(4, 96, 6, 2, 16, 256, 500))
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported: in this process kernels run on the CPU
+KERNEL_TESTS = ["test_kernels_scoring.py", "test_kernels_compaction.py", "test_torch_ops.py", "test_compile.py", "test_lowerings.py"]
+collect_ignore = [] if importlib.util.find_spec("triton") else KERNEL_TESTS  # there is no Triton language for macOS
+
+COMPILE = """
+import json, sys
+from pathlib import Path
+from vflow.exporter.shape import ModelShape
+from vflow.plugins.compile import compile_plugins
+compile_plugins(Path(sys.argv[1]), ModelShape.from_dict(json.loads(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Path]:
+    """Folders with all kernels of ``SHAPE`` for all targets, by precision. A process each: this one may hold interpreted kernels."""
+    cache = Path(request.config.cache.mkdir("kernels"))  # type: ignore[union-attr]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    folders = {precision: tmp_path_factory.mktemp(precision) for precision in PRECISIONS}
+    processes = {
+        precision: subprocess.Popen(
+            [sys.executable, "-c", COMPILE, str(folder), json.dumps(SHAPE.to_dict()), precision], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for precision, folder in folders.items()
+    }
+    for precision, process in processes.items():
+        _, errors = process.communicate()
+        assert process.returncode == 0, f"{precision}: {errors}"
+    return folders
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if worst:
+        terminalreporter.section("worst relative error of each kernel against float64 (interpreter)")
+        for op, error in sorted(worst.items()):
+            terminalreporter.write_line(f"{op:<32} {error:.1e}")

@@ -1,0 +1,143 @@
+"""Selection and compaction kernels in the Triton language's interpreter: survivors bit for bit, features against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_errors import check
+from onnx_ops import run_op
+from vflow.plugins.compaction import WEIGHT_FLOOR, gather_tokens, keep_top, keep_top_per_cell, merge_tokens
+from vflow.plugins.compaction_kernels import GATHER_TOKENS, MERGE_TOKENS
+from vflow.plugins.launch import launch
+from vflow.plugins.selection_kernels import KEEP_TOP, KEEP_TOP_PER_CELL
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALF_STEP = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one rounding of the result, and float32 sums
+VALUES = [
+    [0.0], [0.0, 0.5, 1.0], [-0.25, 0.0, 0.125, 1e30], [0.0, -0.0], [float("inf"), 0.5, -0.5], [float("-inf"), 1e-40, -1e-40, 0.0], None,
+]  # fmt: skip
+EXAMPLES = settings(max_examples=25, deadline=None)
+
+
+def drawn_importance(draw: st.DrawFn, tokens: int) -> torch.Tensor:
+    """Scores with many ties, both zeros, infinities, subnormal numbers, or none of these."""
+    values = draw(st.sampled_from(VALUES))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    return torch.tensor(rng.normal(size=tokens) if values is None else rng.choice(values, tokens), dtype=torch.float32)
+
+
+@st.composite
+def selections(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Importance, cell of each token, cells, count. Cells may be empty or more than tokens, as after a stage in the tower."""
+    tokens, cells = draw(st.integers(1, 90)), draw(st.integers(1, 70))
+    count = draw(st.one_of(st.integers(1, tokens), st.sampled_from([1, tokens])))
+    cell = np.random.default_rng(draw(st.integers(0, 10_000))).integers(0, cells, tokens)
+    return drawn_importance(draw, tokens), torch.tensor(cell), torch.arange(cells), count
+
+
+def length(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32)
+
+
+@given(selections())
+@EXAMPLES
+def test_survivors_are_the_same_bit_for_bit_in_reference_function_and_kernel(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]) -> None:
+    importance, cell, cells, count = case
+    expected = keep_top_per_cell(importance, cell, cells, count)
+    kernel = launch(KEEP_TOP_PER_CELL, [importance, cell, cells, length(count)])
+    function = run_op("KeepTopPerCell", importance, cell, cells, length(count))
+    for reference, by_kernel, by_function in zip(expected, kernel, function, strict=True):
+        assert torch.equal(by_kernel, reference)
+        np.testing.assert_array_equal(by_function, reference)
+
+
+@given(st.data())
+@EXAMPLES
+def test_kept_indices_are_the_same_bit_for_bit_in_reference_function_and_kernel(data: st.DataObject) -> None:
+    tokens = data.draw(st.integers(1, 90))
+    count = data.draw(st.integers(0, tokens))
+    key = drawn_importance(data.draw, tokens)
+    expected = keep_top(key, count)
+    assert torch.equal(launch(KEEP_TOP, [key, length(count)])[0], expected)
+    if count > 0:
+        np.testing.assert_array_equal(run_op("KeepTop", key, length(count))[0], expected)
+
+
+@pytest.mark.parametrize("tokens", [1024, 1025, 2600])
+def test_selection_runs_over_several_tiles(tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    importance = torch.tensor(rng.integers(0, 40, tokens), dtype=torch.float32)
+    cell, cells = torch.tensor(rng.integers(0, 100, tokens)), torch.arange(100)
+    for count in (1, 60, 700, tokens):
+        assert torch.equal(launch(KEEP_TOP, [importance, length(count)])[0], keep_top(importance, count))
+        kernel = launch(KEEP_TOP_PER_CELL, [importance, cell, cells, length(count)])
+        for actual, expected in zip(kernel, keep_top_per_cell(importance, cell, cells, count), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@given(selections(), st.integers(1, 50), st.sampled_from(DTYPES), st.booleans())
+@EXAMPLES
+def test_merged_features(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int], width: int, dtype: torch.dtype, strided: bool) -> None:
+    importance, cell, cells, count = case
+    importance = importance.clamp(-4, 4)  # infinite scores have no weighted mean
+    index, slot = keep_top_per_cell(importance, cell, cells, count)
+    features = torch.randn(len(importance), width, generator=torch.Generator().manual_seed(width)).to(dtype)
+    features = features.t().contiguous().t() if strided else features
+    merged, summed, members = launch(MERGE_TOKENS, [features, importance, index, slot], floor=WEIGHT_FLOOR)
+    reference = merge_tokens(features, importance, index, slot)
+    weight = importance.double().clamp(min=0).numpy() + WEIGHT_FLOOR
+    belongs = slot.numpy()[None, :] == np.arange(count)[:, None]
+    shares = belongs * weight
+    expected = shares / shares.sum(1, keepdims=True) @ features.double().numpy()
+    check(f"MergeTokens {dtype}", merged, expected, tolerance=HALF_STEP[dtype], floor=1.0)
+    np.testing.assert_allclose(summed, (belongs * importance.double().numpy()).sum(1), atol=2e-5)
+    assert torch.equal(members, reference[2])
+    alone = members == 1
+    assert torch.equal(merged[alone], features[index][alone])
+
+
+def test_members_are_found_in_every_tile() -> None:
+    tokens = 2500
+    importance = torch.linspace(1, 2, tokens)
+    slot = torch.full((tokens,), -1)
+    slot[[0, 1023, 1024, 1777, 2499]] = 0
+    slot[5] = 1
+    features = torch.randn(tokens, 33)
+    for actual, expected in zip(
+        launch(MERGE_TOKENS, [features, importance, torch.tensor([1024, 5]), slot], floor=WEIGHT_FLOOR),
+        merge_tokens(features, importance, torch.tensor([1024, 5]), slot),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@given(
+    batch=st.integers(1, 3), length=st.integers(1, 60), width=st.integers(1, 50), rotary=st.integers(1, 20), count=st.integers(0, 60),
+    dtype=st.sampled_from(DTYPES), strided=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+@EXAMPLES
+def test_gathered_rows_are_copies(batch: int, length: int, width: int, rotary: int, count: int, dtype: torch.dtype, strided: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    hidden, cos, sin = (torch.randn(batch, length, n).to(dtype) for n in (width, rotary, rotary))
+    hidden = hidden.transpose(0, 2).contiguous().transpose(0, 2) if strided else hidden
+    key, index = torch.randn(length), torch.randperm(length)[: min(count, length)].sort().values
+    for actual, expected in zip(launch(GATHER_TOKENS, [hidden, cos, sin, key, index]), gather_tokens(hidden, cos, sin, key, index), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_rows_wider_than_a_tile_are_copied_whole() -> None:
+    hidden, rotary = torch.randn(1, 3, 5000), torch.randn(1, 3, 4)
+    index = torch.tensor([2, 0])
+    assert torch.equal(launch(GATHER_TOKENS, [hidden, rotary, rotary, torch.zeros(3), index])[0], hidden[:, index])
+
+
+def test_wide_features_are_merged_in_several_tiles() -> None:
+    features, importance, slot = torch.randn(3, 2100), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0, 0, 1])
+    index = torch.tensor([1, 2])
+    for actual, expected in zip(
+        launch(MERGE_TOKENS, [features, importance, index, slot], floor=WEIGHT_FLOOR), merge_tokens(features, importance, index, slot), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)

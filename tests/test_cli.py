@@ -1,0 +1,351 @@
+"""The command line: what it does when all is well, and one line with the right exit code when it is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from support import DECODER_STAGES, picture
+from vflow.engines import Engine, open_engine
+from vflow.exporter.cli import main
+from vflow.exporter.schedule import Schedule, load_schedule
+
+LIMITS = ["--max-visual-tokens", "64", "--max-text-tokens", "64"]
+PROMPT = ["--prompt", "how many objects are there ?"]
+
+
+@pytest.fixture
+def call() -> Iterator[Callable[..., Result]]:
+    """``call("run", …)``: the command in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def engine(build: Callable[..., Engine], random_checkpoint: Path) -> Engine:
+    return build(random_checkpoint, DECODER_STAGES)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    Image.fromarray(picture(6, 5)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.fixture
+def copy(engine: Engine, tmp_path: Path) -> Path:
+    """An engine that the test may damage."""
+    return Path(shutil.copytree(engine.path, tmp_path / "engine"))
+
+
+def refused(result: Result, message: str, code: int = 1) -> None:
+    """One line on stderr, nothing on stdout, the exit code, and no traceback."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.output
+    if code == 1:
+        assert result.stderr.splitlines()[-1] == errors[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------ build
+
+
+def test_build_writes_an_engine_and_says_what_it_saves(
+    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    output = tmp_path / "deep" / "[bold]engine"  # brackets are markup to rich
+    result = call("build", "--model", random_checkpoint, "--keep", 0.25, "--preset", "tower", "--output", output, *LIMITS)
+    assert result.exit_code == 0, result.output
+    engine = open_engine(output)
+    assert engine.schedule.average_keep(4) <= 0.25
+    assert engine.schedule.tower_stages
+    for words in ("average keep 0.2", "visual tokens", "GFLOP before", "KV before", "tower", "decoder 0", "prefill", "try next"):
+        assert words in result.stdout
+    assert str(output) in result.stdout
+    for phase in ("open checkpoint", "trace vision", "trace language", "write weights"):
+        assert phase in result.stderr
+    assert [path.name for path in output.parent.iterdir()] == ["[bold]engine"]
+
+    again = call("build", "--model", random_checkpoint, "--output", output, *LIMITS)
+    refused(again, "exists already; choose another folder or use --force")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "0"], "0.0 is not in the range 0<x<=1"),
+        (["--keep", "1.5"], "1.5 is not in the range 0<x<=1"),
+        (["--keep", "ten"], "'ten' is not a valid float"),
+        (["--preset", "paper"], "--preset needs --keep"),
+        (["--keep", "0.1", "--preset", "best"], "'best' is not one of 'progressive', 'tower', 'paper'"),
+        (["--keep", "0.1", "--schedule", "s.json"], "--schedule says what is kept: leave out --keep and --preset"),
+        (["--precision", "int8"], "'int8' is not one of 'fp32', 'fp16'"),
+        (["--target", "cpu"], "'cpu' is not "),
+        (["--max-visual-tokens", "0"], "0 is not in the range x>=1"),
+        (["--colour"], "No such option"),
+    ],
+)
+def test_wrong_usage_of_build_is_exit_code_2(call: Callable[..., Result], tmp_path: Path, options: list[str], message: str) -> None:
+    refused(call("build", "--model", "tiny", "--output", tmp_path / "engine", *options), message, code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stages": [{"part": "decoder", "layer": 2, "keep": 9}, {"part": "decoder", "layer": 1, "keep": 9}]}, "stages out of order"),
+        ({"stages": [{"part": "tower", "layer": 1, "keep": 9}, {"part": "decoder", "layer": 1, "keep": 10}]}, "keep grows from 9"),
+        ({"stages": [{"part": "decoder", "layer": 4, "keep": 9}]}, "this model's decoder has layers 0..3"),
+        ({"stages": [{"part": "decoder", "layer": 1, "keep": 0}]}, "keep must be a whole number in 1..1024"),
+        ({"model": "0123456789abcdef"}, "schedule was made for model 0123456789abcdef, this model is"),
+        ({"format": 2}, "schedule format 2 is not supported"),
+        ({"keep": 0.1}, "unknown field 'keep'"),
+    ],
+)
+def test_build_refuses_schedules_that_cannot_be_met(
+    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "s.json").write_text(json.dumps({"format": 1} | values))
+    refused(call("build", "--model", random_checkpoint, "--schedule", tmp_path / "s.json", "--output", tmp_path / "out" / "engine", *LIMITS), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "gpt-5"], "no such folder, and not a hub id (owner/name) or an alias"),
+        (["--model", "{model}", "--keep", "0.0001"], "below 1/1024"),
+        (["--model", "{model}", "--keep", "nan"], "keep must be above 0"),
+        (["--model", "{model}", "--schedule", "none.json"], "none.json: No such file or directory"),
+        (["--model", "{model}", "--max-text-tokens", "4096"], "--max-text-tokens 4096: the model's context is 512 tokens"),
+        (["--model", "qwen2-vl"], "is not in the local cache and the hub cannot be reached"),
+    ],
+)
+def test_build_refuses_what_cannot_be_built_and_leaves_nothing(
+    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.chdir(tmp_path)
+    arguments = [option.format(model=random_checkpoint) for option in options]
+    refused(call("build", "--output", tmp_path / "engine", *LIMITS, *arguments), message)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "empty"] == []
+
+
+def test_build_does_not_write_where_a_file_is(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    refused(call("build", "--model", random_checkpoint, "--output", tmp_path / "taken", *LIMITS), "is a file", code=2)
+    refused(call("build", "--model", random_checkpoint, "--output", tmp_path / "taken" / "engine", *LIMITS), "taken")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "letter.txt").write_text("mine")
+    refused(call("build", "--model", random_checkpoint, "--output", tmp_path / "folder", "--force", *LIMITS), "is not an engine directory")
+    assert (tmp_path / "folder" / "letter.txt").read_text() == "mine"
+
+
+# -------------------------------------------------------------------------------------------------------------------- run
+
+
+def test_run_answers_on_stdout_and_reports_on_stderr(call: Callable[..., Result], engine: Engine, image: Path) -> None:
+    result = call("run", engine.path, "--image", image, *PROMPT, "--max-new-tokens", 5)
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.split()) <= 5
+    for words in ("first token", "vision", "prefill", "visual tokens  30 → 15 (decoder 0) → 8 (decoder 2)", "KV cache", "allocated; visual part"):
+        assert words in result.stderr
+
+
+def test_run_json_has_the_promised_fields(call: Callable[..., Result], engine: Engine, image: Path) -> None:
+    result = call("run", engine.path, "--image", image, "--image", image, *PROMPT, "--max-new-tokens", 4, "--json", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert set(values) == {
+        "text", "token_ids", "finish_reason", "prompt_tokens", "new_tokens", "visual_tokens", "kv_bytes",
+        "vision_s", "prefill_s", "ttft_s", "tokens_per_s",
+    }  # fmt: skip
+    assert values["visual_tokens"] == {
+        "input": 60, "per_stage": [{"part": "decoder", "layer": 0, "kept": 30}, {"part": "decoder", "layer": 2, "kept": 15}]
+    }  # fmt: skip
+    per_token = 2 * 2 * 8 * 4
+    visual = (2 * 32 + 2 * 16) * per_token  # two layers each of ⌈64 · 500/1024⌉ and ⌈64 · 250/1024⌉ tokens
+    assert values["kv_bytes"] == {"allocated": visual + 4 * 64 * per_token, "visual": visual, "visual_unpruned": 4 * 64 * per_token}
+    assert len(values["token_ids"]) == values["new_tokens"] <= 4
+    assert 0 < values["vision_s"] + values["prefill_s"] <= values["ttft_s"]
+
+
+def test_run_is_greedy_and_repeatable_and_samples_by_seed(call: Callable[..., Result], engine: Engine, image: Path) -> None:
+    def answer(*options: Any) -> list[int]:
+        tokens: list[int] = json.loads(call("run", engine.path, "--image", image, *PROMPT, "--json", "--max-new-tokens", 8, *options).stdout)[
+            "token_ids"
+        ]
+        return tokens
+
+    assert answer() == answer()
+    hot = ["--temperature", 5.0, "--top-k", 40, "--top-p", 0.99, "--seed"]
+    assert answer(*hot, 1) == answer(*hot, 1)
+    assert len({tuple(answer(*hot, seed)) for seed in range(4)}) > 1
+
+
+def test_run_takes_text_alone_and_a_picture_of_one_pixel(call: Callable[..., Result], engine: Engine, tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    result = call("run", engine.path, *PROMPT, "--max-new-tokens", 2, "--json")
+    assert json.loads(result.stdout)["visual_tokens"]["input"] == 0
+    result = call("run", engine.path, *PROMPT, "--image", tmp_path / "dot.png", "--max-new-tokens", 2, "--json")
+    assert json.loads(result.stdout)["visual_tokens"]["input"] == 1  # scaled up to the checkpoint's least size
+
+
+def test_max_pixels_scales_images_down(call: Callable[..., Result], engine: Engine, image: Path) -> None:
+    result = call("run", engine.path, "--image", image, *PROMPT, "--json", "--max-new-tokens", 1, "--max-pixels", 64 * 12)
+    assert json.loads(result.stdout)["visual_tokens"]["input"] <= 12
+
+
+def write_images(folder: Path) -> None:
+    (folder / "text.png").write_text("this is not a picture")
+    (folder / "empty.jpg").write_bytes(b"")
+    Image.fromarray(picture(8, 8)).save(folder / "whole.png")
+    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:2000])
+    (folder / "folder.png").mkdir()
+    Image.new("L", (1, 300)).save(folder / "strip.png")
+    header = b"P4\n60000 60000\n"  # a bitmap that says it has 3.6 thousand million pixels
+    (folder / "bomb.pbm").write_bytes(header + b"\0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.png", "none.png: no such file"),
+        ("text.png", "text.png: not an image that Pillow can read"),
+        ("empty.jpg", "empty.jpg: not an image that Pillow can read"),
+        ("cut.png", "cut.png: damaged image"),
+        ("folder.png", "folder.png: is a folder, not an image"),
+        ("bomb.pbm", "larger than 89,478,485 pixels (a decompression bomb?)"),
+        ("strip.png", "aspect ratio must be below 200"),
+    ],
+)
+def test_run_refuses_images_that_are_none(call: Callable[..., Result], engine: Engine, tmp_path: Path, name: str, message: str) -> None:
+    write_images(tmp_path)
+    refused(call("run", engine.path, "--image", tmp_path / name, *PROMPT), message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "what " * 80], "prompt has 85 text tokens, the engine was built for 64"),
+        (["--prompt", "what is <|image_pad|> ?"], "holds <|image_pad|>, which structures prompts"),
+        ([*PROMPT, "--max-new-tokens", "1000"], "max_new_tokens 1000 is more than"),
+        ([*PROMPT, "--seed", "-1"], "seed must be a whole number from 0"),
+        ([*PROMPT, "--temperature", "nan"], "temperature must be a number"),
+        ([*PROMPT, "--image", "{image}", "--image", "{image}", "--image", "{image}"], "max_visual_tokens 64 built, images have 90 together"),
+        ([*PROMPT, "--image", "{image}", "--max-pixels", "3"], "max_pixels must be at least 64"),
+    ],
+)
+def test_run_refuses_requests_that_do_not_fit(call: Callable[..., Result], engine: Engine, image: Path, options: list[str], message: str) -> None:
+    result = call("run", engine.path, *(option.format(image=image) if "{image}" in option else option for option in options))
+    refused(result, message)
+
+
+@pytest.mark.parametrize("options", [[], [*PROMPT, "--max-new-tokens", "0"], [*PROMPT, "--top-p", "0"], [*PROMPT, "--provider", "npu"]])
+def test_wrong_usage_of_run_is_exit_code_2(call: Callable[..., Result], engine: Engine, options: list[str]) -> None:
+    assert call("run", engine.path, *options).exit_code == 2
+
+
+def flip_last_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda folder: (folder / "weights.bin").unlink(), "weights.bin: missing; build the engine again"),
+    (lambda folder: flip_last_byte(folder / "weights.bin"), "weights.bin: damaged, its SHA-256 is not the one built"),
+    (lambda folder: flip_last_byte(folder / "vision.onnx"), "vision.onnx: damaged"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json: has 2 bytes"),
+    (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: missing, so this is not an engine directory"),
+    (lambda folder: (folder / "manifest.json").write_text('{"format": 2}'), "format 2 is newer than the one that this vflow-export reads"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: not JSON"),
+    (lambda folder: shutil.rmtree(folder), "no such engine directory"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_run_refuses_engines_that_are_not_as_built(call: Callable[..., Result], copy: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(copy)
+    refused(call("run", copy, *PROMPT), message)
+
+
+def test_run_refuses_an_old_onnx_runtime(call: Callable[..., Result], engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
+    refused(call("run", engine.path, *PROMPT), "onnxruntime 1.31.0 aligns causal attention differently")
+
+
+# ---------------------------------------------------------------------------------------------------------- verify, doctor
+
+
+def test_verify_climbs_all_rungs(call: Callable[..., Result], engine: Engine) -> None:
+    result = call("verify", engine.path, "--samples", 5, "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["passed"] is True
+    assert [finding["rung"] for finding in values["findings"]] == ["a", "b", "b", "c", "c"]
+    assert all(set(finding) == {"rung", "quantity", "worst", "tolerance", "passed"} for finding in values["findings"])
+    assert values["findings"][1]["worst"] == 0.0  # no survivor differs
+
+
+def test_verify_fails_an_engine_that_computes_something_else(
+    call: Callable[..., Result], engine: Engine, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vflow.engines.backends.onnxruntime import OnnxRuntimeBackend
+    from vflow.exporter import verify
+
+    language = OnnxRuntimeBackend.language
+
+    def shifted(self: OnnxRuntimeBackend, **inputs: Any) -> Any:
+        logits, last_hidden = language(self, **inputs)
+        return logits + 0.01, last_hidden
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "language", shifted)
+    monkeypatch.setattr(verify, "build_engine", lambda *_, **__: engine)  # rung (a) then compares another engine, and fails as well
+    result = call("verify", engine.path, "--image", image)
+    assert result.exit_code == 1
+    assert "FAILED" in result.stdout
+    assert "ok" in result.stdout  # step by step is as wrong as all at once
+
+
+def test_verify_refuses_another_model(call: Callable[..., Result], engine: Engine, untied_checkpoint: Path) -> None:
+    refused(call("verify", engine.path, "--model", untied_checkpoint), "is not the model of this engine")
+    refused(call("verify", engine.path, "--model", "nothing"), "nothing: no such folder")
+
+
+def test_doctor_finds_what_is_needed_here(call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    result = call("doctor")
+    assert result.exit_code == 0
+    for words in ("machine", "ONNX Runtime", "build", "TensorRT", "pip install 'vflow-export["):
+        assert words in result.stdout
+    monkeypatch.setattr(onnxruntime, "__version__", "1.30.0")
+    result = call("doctor")
+    assert result.exit_code == 1
+    assert "onnxruntime 1.30.0" in result.stdout
+
+
+def test_help_and_version_name_every_command(call: Callable[..., Result]) -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in ("build", "run", "verify", "doctor"))
+    assert "0.1.0" in call("--version").stdout
+
+
+def test_a_saved_schedule_can_be_given_back(engine: Engine, tmp_path: Path) -> None:
+    schedule: Schedule = engine.schedule
+    schedule.save(tmp_path / "s.json")
+    assert load_schedule(tmp_path / "s.json") == schedule
