@@ -6,6 +6,7 @@ the program itself on a CPU (``tiny``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -216,12 +217,13 @@ def _entropy_case(sizes: Sizes, dtype: torch.dtype, uniform: Callable[..., Tenso
         values = (patches.float().reshape(-1, 3, width) * deviation[:, None] + mean[:, None]) * 255 + 0.5
         grey = values.clamp(0, 255).long().sum(1) // 3
         histogram = torch.zeros(grey.shape[0], 256, device=grey.device).scatter_add(1, grey, torch.ones_like(grey, dtype=torch.float32))
-        return torch.special.entr(histogram / width).sum(1) / torch.log(torch.tensor(2.0, device=grey.device))
+        return torch.special.entr(histogram / width).sum(1) / math.log(2)
 
     def expected() -> list[Tensor]:
         grey = pixels.long().sum(1) // 3
-        share = torch.nn.functional.one_hot(grey, 256).double().sum(1) / width
-        return [torch.special.entr(share).sum(1) / torch.log(torch.tensor(2.0, dtype=torch.float64))]
+        histogram = torch.zeros(grey.shape[0], 256, dtype=torch.float64, device=grey.device)
+        histogram.scatter_add_(1, grey, torch.ones_like(grey, dtype=torch.float64))
+        return [torch.special.entr(histogram / width).sum(1) / math.log(2)]
 
     moved = patches.numel() * patches.element_size()
     return Case(
