@@ -6,12 +6,13 @@ report, a capacity and a search speak of the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .schedule import KEEP_UNIT, Schedule, ScheduleError, Stage, cell_count, keep_count
 from .shape import ModelShape
 
-__all__ = ["Cost", "cost", "kv_bytes", "solve_last_keep"]
+__all__ = ["Cost", "cost", "kv_bytes", "spend_keep"]
 
 SCORING_WIDTH = 8  # dimensions that the lowering adds to a head (plugins/importance.py)
 
@@ -120,20 +121,28 @@ def kv_bytes(schedule: Schedule, shape: ModelShape, *, tokens: int, bytes_per_va
     return sum((end - first) * keep_count(tokens, keep) * per_token for first, end, keep in schedule.decoder_segments(decoder.layers))
 
 
-def solve_last_keep(layers: int, keep: float, starts: tuple[int, ...], first_keeps: tuple[int, ...]) -> int:
-    """Keep of the last decoder stage so that the average over layers is at most ``keep``.
+def spend_keep(layers: int, keep: float, starts: Sequence[int], choose: Callable[[int, int, int], float]) -> tuple[int, ...]:
+    """Keeps (of 1024) of decoder stages whose average over layers is ``keep``, as nearly as whole numbers of 1024 come below it.
+
+    Stage by stage, ``choose(number, least, most)`` picks from what the budget leaves open: less than ``least`` could not be spent by the
+    stages behind (keeps never grow), more than ``most`` would leave them less than 1. What is chosen is rounded and held in those
+    bounds; the last stage takes what is left.
 
     Args:
-        starts: first layer of each stage, from 0 on; first_keeps: keep (of 1024) of all stages but the last.
+        starts: first layer of each stage, from 0 on.
 
     Raises:
-        ScheduleError: no whole number in 1..(keep of the stage before) meets the budget.
+        ScheduleError: less than 1/1024 for each layer.
     """
-    ends = (*starts[1:], layers)
-    units = int(keep * KEEP_UNIT * layers + 1e-9)
-    spent = sum((b - a) * k for a, b, k in zip(starts[:-1], ends[:-1], first_keeps, strict=True))
-    last = (units - spent) // (layers - starts[-1])
-    ceiling = first_keeps[-1] if first_keeps else KEEP_UNIT
-    if last < 1:
-        raise ScheduleError(f"average keep {keep:g} cannot be met: the stages before layer {starts[-1]} already spend it")
-    return min(last, ceiling)
+    lengths = [end - start for start, end in zip(starts, (*starts[1:], layers), strict=True)]
+    left, ceiling = int(keep * KEEP_UNIT * layers + 1e-9), KEEP_UNIT
+    if left < layers:
+        raise ScheduleError(f"average keep {keep:g} cannot be met: it leaves less than 1/{KEEP_UNIT} of the visual tokens to a layer")
+    keeps: list[int] = []
+    for number, length in enumerate(lengths):
+        behind = sum(lengths[number + 1 :])
+        most = min(ceiling, (left - behind) // length)
+        least = min(most, -(-left // (length + behind)))
+        keeps.append(min(most, max(least, round(choose(number, least, most)))) if behind else most)
+        left, ceiling = left - keeps[-1] * length, keeps[-1]
+    return tuple(keeps)

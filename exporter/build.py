@@ -18,7 +18,7 @@ from ..engines.directory import kv_segments, open_engine, write_engine_directory
 from ..engines.manifest import MANIFEST_FORMAT, Engine
 from ..engines.preprocess import ImageProcessorConfig
 from .checkpoint import Checkpoint, CheckpointError
-from .model import pruned_graphs, shapes_only
+from .model import check_weights, pruned_graphs, shapes_only
 from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
 from .onnx_writer import write_graphs
 from .schedule import Schedule
@@ -71,6 +71,7 @@ def build_engine(
         tokens = copy_text_files(checkpoint, folder)
         progress("trace vision", 0.0)
         with shapes_only(checkpoint, dtype) as model:
+            check_weights(checkpoint, model)
             vision_graph, language_graph = pruned_graphs(model, shape, schedule)
             vision = trace_vision(vision_graph, shape, dtype=dtype)
             progress("trace language", 0.0)

@@ -94,8 +94,8 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that tell models apart: sizes, tensor tables and samples of the data of every weights file."""
-        digest = hashlib.sha256()
+        """Sixteen hex digits that tell models apart: the configuration, and size, tensor table and samples of the data of every weights file."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in sorted({info.file for info in self.tensors.values()}):
             size = file.stat().st_size
             digest.update(f"{size}".encode())

@@ -15,7 +15,7 @@ from .models.qwen2_vl import LanguageGraph, VisionGraph
 from .schedule import Schedule
 from .shape import ModelShape
 
-__all__ = ["load_model", "pruned_graphs", "shapes_only"]
+__all__ = ["check_weights", "load_model", "pruned_graphs", "shapes_only"]
 
 
 @contextmanager
@@ -35,17 +35,34 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         model = Qwen2VLForConditionalGeneration._from_config(checkpoint.config, dtype=dtype)
     model.to_empty(device="cpu")
     with TensorReader(checkpoint) as reader, torch.no_grad():
-        for name, parameter in model.named_parameters():
-            source = name.removeprefix("model.")
-            if source == "lm_head.weight" and checkpoint.config.tie_word_embeddings:
-                continue
-            info = checkpoint.tensors.get(source)
-            if info is None or info.shape != tuple(parameter.shape):
-                raise CheckpointError(f"{checkpoint.path}: {source} is missing or not {list(parameter.shape)}")
+        check_weights(checkpoint, model)
+        for source, parameter in _stored_parameters(checkpoint, model):
             parameter.copy_(reader.read(source))
     model.tie_weights()
     _fill_rotary_tables(model)
     return model.eval()
+
+
+def check_weights(checkpoint: Checkpoint, model: Any) -> None:
+    """Compare the checkpoint's tensors with what its configuration asks for, before anything long is done with them.
+
+    Raises:
+        CheckpointError: a missing weight or one of another shape.
+    """
+    for source, parameter in _stored_parameters(checkpoint, model):
+        info, shape = checkpoint.tensors.get(source), tuple(parameter.shape)
+        if info is None:
+            raise CheckpointError(f"{checkpoint.path}: the weights lack {source}; the checkpoint is incomplete or of another architecture")
+        if info.shape != shape:
+            raise CheckpointError(f"{info.file}: {source} is {list(info.shape)}, config.json asks for {list(shape)}")
+
+
+def _stored_parameters(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters with their canonical names; a tied head is stored once, as the embedding table."""
+    for name, parameter in model.named_parameters():
+        source = name.removeprefix("model.")
+        if source != "lm_head.weight" or not checkpoint.config.tie_word_embeddings:
+            yield source, parameter
 
 
 def pruned_graphs(model: Any, shape: ModelShape, schedule: Schedule) -> tuple[VisionGraph, LanguageGraph]:

@@ -48,8 +48,6 @@ def write_graphs(
     for model, _ in models:
         for value in _weights(model):
             wanted.setdefault(str(value.name), value)
-    for name, value in wanted.items():
-        _check(checkpoint, name, value)
     total = sum(_bytes(value) for value in wanted.values())
     places: dict[str, _Place] = {}
     with TensorReader(checkpoint) as reader, (folder / WEIGHTS_FILE).open("wb") as file:
@@ -106,18 +104,6 @@ def _bytes(value: ir.Value) -> int:
     for size in value.shape:
         bits *= int(size)  # type: ignore[arg-type]  # weights have fixed sizes
     return bits // 8
-
-
-def _check(checkpoint: Checkpoint, name: str, value: ir.Value) -> None:
-    source = name.removesuffix(".T")
-    info = checkpoint.tensors.get(source)
-    if info is None:
-        raise CheckpointError(f"{checkpoint.path}: the weights lack {source}; the checkpoint is incomplete or of another architecture")
-    assert isinstance(value.shape, ir.Shape)
-    stored = tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
-    shape = stored[::-1] if name.endswith(".T") else stored
-    if shape != info.shape:
-        raise CheckpointError(f"{info.file}: {source} is {list(info.shape)}, config.json asks for {list(shape)}")
 
 
 def _read(reader: TensorReader, name: str, value: ir.Value) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .budget import solve_last_keep
+from .budget import spend_keep
 from .schedule import KEEP_UNIT, Importance, Schedule, ScheduleError, Stage
 from .shape import ModelShape
 
@@ -68,19 +68,11 @@ def _paper(shape: ModelShape, keep: float) -> Schedule:
 
 
 def _three_stages(layers: int, keep: float, first: float, second: float) -> tuple[Stage, ...]:
-    """Stages before layers 0, L/3 and 2L/3: ``first`` average keeps, ``second`` of that, and the last solved from the budget."""
+    """Stages before layers 0, L/3 and 2L/3: ``first`` average keeps, ``second`` of that, and the last takes what the budget leaves."""
     starts = tuple(dict.fromkeys((0, layers // 3, 2 * layers // 3)))
-    head = min(KEEP_UNIT, max(1, round(keep * first * KEEP_UNIT)))
-    keeps = (head, max(1, round(head * second)))[: len(starts) - 1]
-    while True:
-        try:
-            last = solve_last_keep(layers, keep, starts, keeps)
-            break
-        except ScheduleError:
-            if max(keeps, default=1) == 1:
-                raise
-            keeps = tuple(max(1, k - 1) for k in keeps)  # tiny budgets: rounding spent it all
-    return tuple(Stage("decoder", layer, value) for layer, value in zip(starts, (*keeps, last), strict=True))
+    wished = (keep * first * KEEP_UNIT, keep * first * second * KEEP_UNIT, 0.0)
+    keeps = spend_keep(layers, keep, starts, lambda number, least, most: wished[number])
+    return tuple(Stage("decoder", layer, value) for layer, value in zip(starts, keeps, strict=True))
 
 
 PRESETS: dict[str, Callable[[ModelShape, float], Schedule]] = {"progressive": _progressive, "tower": _tower, "paper": _paper}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from .budget import cost, kv_bytes
+from .budget import cost, kv_bytes, spend_keep
 from .presets import FIRST_TOWER_BLOCK
 from .schedule import KEEP_UNIT, MAX_GLOBAL_THRESHOLD, Importance, RecycledImportance, Schedule, ScheduleError, Stage
 from .shape import ModelShape
@@ -147,21 +147,11 @@ class SearchSpace:
         return self._with_tower(base, unit)
 
     def _decoder(self, unit: Mapping[str, float], recycle: float | None) -> tuple[Stage, ...]:
-        layers = self.shape.decoder.layers
-        lengths = [b - a for a, b in zip(self.starts, (*self.starts[1:], layers), strict=True)]
-        left = int(self.budget.average_keep(self.shape) * KEEP_UNIT * layers + 1e-9)  # layer-units of 1/1024
-        stages: list[Stage] = []
-        ceiling = KEEP_UNIT
-        for number, (start, length) in enumerate(zip(self.starts, lengths, strict=True)):
-            rest = sum(lengths[number + 1 :])
-            least = max(1, -(-left // (length + rest)) if left < ceiling * (length + rest) else ceiling)  # a smaller one could not be spent
-            most = min(ceiling, (left - rest) // length)  # every later stage needs 1
-            if most < 1:
-                raise ScheduleError(f"average keep {self.budget.average_keep(self.shape):g} is too small for stages before layers {self.starts}")
-            keep = round(_between(min(least, most), most, unit[f"decoder_{number}"])) if rest else most
-            stages.append(Stage("decoder", start, keep, recycle if start == 0 else None))
-            left, ceiling = left - keep * length, keep
-        return tuple(stages)
+        average = self.budget.average_keep(self.shape)
+        keeps = spend_keep(
+            self.shape.decoder.layers, average, self.starts, lambda number, least, most: _between(least, most, unit[f"decoder_{number}"])
+        )
+        return tuple(Stage("decoder", start, keep, recycle if start == 0 else None) for start, keep in zip(self.starts, keeps, strict=True))
 
     def _with_tower(self, base: Schedule, unit: Mapping[str, float]) -> Schedule:
         """Tower stages: all keeps but the last from the point, the last solved from the FLOPs where they are budgeted."""

@@ -165,10 +165,7 @@ def bind(inputs: Sequence[ArgumentSpec], shapes: Sequence[Sequence[Any] | None])
         if len(shape) != len(argument.shape):
             raise ContractError(f"{argument.name}: must be [{', '.join(argument.shape)}], got {len(shape)} dimensions")
         for name, size in zip(argument.shape, shape, strict=True):
-            if name.isidentifier():
-                known = symbols.setdefault(name, size)
-            else:
-                known = evaluate(name, {})
+            known = symbols.setdefault(name, size) if name.isidentifier() else evaluate(name, {})
             if isinstance(size, int) and isinstance(known, int) and known != size:
                 raise ContractError(f"{argument.name}: must be [{', '.join(argument.shape)}] with {name} = {known}, got {size}")
     return symbols

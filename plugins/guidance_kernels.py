@@ -66,7 +66,7 @@ def last_token_attention_kernel(
 def _constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
     head_tile = max(triton.next_power_of_2(values["H"] // values["KV"]), MIN_DOT_WIDTH)
     heads = {"H": values["H"], "KV": values["KV"], "HEAD_TILE": head_tile}
-    return {**heads, **product_constants(values["D"], precision), "SCALE": values["scale"], "TILE": 32 if precision == "fp32" else 64}
+    return {**heads, **product_constants(values["D"], precision), "SCALE": values["scale"], "TILE": 16 if precision == "fp32" else 64}
 
 
 LAST_TOKEN_ATTENTION = KernelSpec(

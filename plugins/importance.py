@@ -53,6 +53,7 @@ def row_log_sum_exp(query: Tensor, key: Tensor, *, scale: float, segment: Tensor
     if is_tracing():
         _refuse(segment)
         return emit("RowLogSumExp", (query, key), {"scale": scale}, [(torch.float32, query.shape[:2])])[0]
+    _check_square(query, key, segment)
     row_lse: Tensor = _row_log_sum_exp(query, key, segment, scale)
     return row_lse
 
@@ -73,6 +74,7 @@ def masked_column_mean(
         _refuse(segment)
         output = (torch.float32, key.shape[:2])
         return emit("MaskedColumnMean", (query, key, row_lse, row_mask), {"scale": scale}, [output])[0].mean(0)
+    _check_square(query, key, segment)
     column_mean: Tensor = _masked_column_mean(query, key, row_lse, row_mask, segment, scale)
     return column_mean.mean(0)
 
@@ -80,6 +82,11 @@ def masked_column_mean(
 def _refuse(segment: Tensor | None) -> None:
     if segment is not None:
         raise ValueError("an exported graph scores one image a call: segments are for PyTorch only")
+
+
+def _check_square(query: Tensor, key: Tensor, segment: Tensor | None) -> None:
+    if segment is not None and not query.shape[1] == key.shape[1] == segment.shape[0]:
+        raise ValueError(f"segment names patches, so rows ({query.shape[1]}), patches ({key.shape[1]}) and it ({segment.shape[0]}) must match")
 
 
 def _reference_row_log_sum_exp(query: Tensor, key: Tensor, segment: Tensor | None, scale: float) -> Tensor:

@@ -27,7 +27,11 @@ __all__ = ["check_engine"]
 
 BODIES = {f.name: f for module in (importance, compaction, guidance, selection_lowering) for f in module.FUNCTIONS}
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
-PRECISIONS = {"fp32": (TensorProto.FLOAT, torch.float32), "fp16": (TensorProto.FLOAT16, torch.float16), "bf16": (TensorProto.BFLOAT16, torch.bfloat16)}
+PRECISIONS = {
+    "fp32": (TensorProto.FLOAT, torch.float32),
+    "fp16": (TensorProto.FLOAT16, torch.float16),
+    "bf16": (TensorProto.BFLOAT16, torch.bfloat16),
+}
 # Function bodies go through half precision in places where kernels hold float32 (docs/algorithm.md, section 1).
 BODY_TOLERANCE = 1e-2
 
@@ -49,7 +53,9 @@ def check_engine(module: str, case: Case, precision: str, compare: Compare) -> d
     outputs = _run(trt, _build(trt, model, case), case, precision)
     found = compare(case, outputs, case.expected())
     if module == "tensorrt_rtx" and not found["passed"]:
-        found["passed"] = all(error <= (BODY_TOLERANCE if tolerance else 0) for error, tolerance in zip(found["errors"], case.tolerances, strict=True))
+        found["passed"] = all(
+            error <= (BODY_TOLERANCE if tolerance else 0) for error, tolerance in zip(found["errors"], case.tolerances, strict=True)
+        )
     return found
 
 
@@ -63,7 +69,9 @@ def _one_op(case: Case, precision: str) -> onnx.ModelProto:
     results = [helper.make_tensor_value_info(a.name, kinds[a.dtype], shapes[a.name]) for a in case.spec.outputs]
     node = helper.make_node(case.spec.op, [v.name for v in values], [v.name for v in results], domain=DOMAIN, **case.attributes)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    return helper.make_model(helper.make_graph([node], case.spec.op, values, results), functions=[BODIES[case.spec.op]], opset_imports=opsets, ir_version=11)
+    return helper.make_model(
+        helper.make_graph([node], case.spec.op, values, results), functions=[BODIES[case.spec.op]], opset_imports=opsets, ir_version=11
+    )
 
 
 def _with_plugin(case: Case, precision: str, model: onnx.ModelProto) -> onnx.ModelProto:

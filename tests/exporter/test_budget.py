@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vflow.exporter.budget import cost, kv_bytes, solve_last_keep
+from vflow.exporter.budget import cost, kv_bytes, spend_keep
 from vflow.exporter.presets import PRESETS, preset_schedule
 from vflow.exporter.schedule import Importance, Schedule, ScheduleError, Stage, unpruned_schedule
 from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
@@ -107,16 +107,28 @@ def test_kv_bytes_are_two_vectors_a_token_a_layer_a_head() -> None:
     assert kv_bytes(unpruned_schedule(), QWEN2_VL_2B, tokens=1, bytes_per_value=2) == 2 * 2 * 128 * 2 * 28
 
 
-def test_the_last_ratio_is_the_largest_that_meets_the_budget() -> None:
-    assert solve_last_keep(6, 0.5, (0, 2, 4), (800, 500)) == (512 * 6 - 1600 - 1000) // 2
-    assert solve_last_keep(6, 0.1, (0,), ()) == 102
-    assert solve_last_keep(6, 0.9, (0, 3), (600,)) == 600  # never more than the stage before
+def test_stages_get_what_is_wished_within_the_budget_and_the_last_takes_the_rest() -> None:
+    wishes = (800, 500, 0)
+    assert spend_keep(6, 0.5, (0, 2, 4), lambda number, least, most: wishes[number]) == (800, 500, (512 * 6 - 1600 - 1000) // 2)
+    assert spend_keep(6, 0.1, (0,), lambda *_: 0) == (102,)
+    assert spend_keep(6, 0.9, (0, 3), lambda *_: 600) == (922, 921)  # 600 first could not be spent behind
 
 
-@pytest.mark.parametrize("keeps", [(1024, 1024), (307, 1)])
-def test_a_budget_that_is_already_spent_is_refused(keeps: tuple[int, int]) -> None:
-    with pytest.raises(ScheduleError, match=r"average keep 0\.1 cannot be met: the stages before layer 4 already spend it"):
-        solve_last_keep(6, 0.1, (0, 2, 4), keeps)
+def test_a_budget_below_one_of_1024_is_refused() -> None:
+    with pytest.raises(ScheduleError, match=r"average keep 0\.0005 cannot be met"):
+        spend_keep(6, 0.0005, (0, 2, 4), lambda *_: 1)
+
+
+@given(
+    keep=st.floats(1 / 1024, 1.0), layers=st.integers(3, 100), wishes=st.tuples(*[st.floats(-10, 2000, allow_nan=False)] * 3), data=st.data(),
+)  # fmt: skip
+def test_a_budget_is_spent_but_for_rounding(keep: float, layers: int, wishes: tuple[float, ...], data: st.DataObject) -> None:
+    starts = (0, *sorted(data.draw(st.sets(st.integers(1, layers - 1), min_size=2, max_size=2))))
+    keeps = spend_keep(layers, keep, starts, lambda number, least, most: wishes[number])
+    lengths = (starts[1], starts[2] - starts[1], layers - starts[2])
+    spent = sum(length * value for length, value in zip(lengths, keeps, strict=True))
+    assert list(keeps) == sorted(keeps, reverse=True)
+    assert keep * 1024 * layers - lengths[2] - 1 < spent <= keep * 1024 * layers + 1e-6
 
 
 @given(

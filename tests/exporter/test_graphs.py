@@ -63,7 +63,7 @@ def test_standard_operators_that_engines_fuse_are_there_as_one_node_each(engines
     [
         ("unpruned", "vision", {}),
         ("unpruned", "language", {}),
-        (PRUNED, "vision", {"RowLogSumExp": 3, "MaskedColumnMean": 6, "KeepTop": 1, "KeepTopPerCell": 2, "MergeTokens": 2}),
+        (PRUNED, "vision", {"RowLogSumExp": 3, "MaskedColumnMean": 6, "KeepTop": 4, "KeepTopPerCell": 2, "MergeTokens": 2}),
         (PRUNED, "language", {"KeepTop": 2, "GatherTokens": 2}),
         (GUIDED, "vision", {"RowLogSumExp": 1, "MaskedColumnMean": 1}),
         (GUIDED, "language", {"KeepTop": 2, "GatherTokens": 2, "LastTokenAttention": 2}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ TYPES = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _session(body: bytes, inputs: tuple[tuple[str, int], ...], attributes: tuple[tuple[str, float], ...]) -> onnxruntime.InferenceSession:
     function = onnx.FunctionProto.FromString(body)
     op = function.name

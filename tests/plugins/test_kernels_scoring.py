@@ -150,3 +150,8 @@ def test_pixels_beyond_the_range_are_clipped() -> None:
 def test_inputs_that_do_not_fit_are_refused(inputs: list[torch.Tensor | None], message: str) -> None:
     with pytest.raises(ContractError, match=message):
         launch(ROW_LOG_SUM_EXP, inputs, scale=1.0)
+
+
+def test_segments_need_a_row_for_every_patch() -> None:
+    with pytest.raises(ValueError, match="must match"):
+        row_log_sum_exp(torch.zeros(1, 4, 8), torch.zeros(1, 5, 8), scale=1.0, segment=torch.zeros(5, dtype=torch.int32))

@@ -1,0 +1,94 @@
+"""The program that checks a GPU, tried without one: kernels in the interpreter, tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import gpu_check
+
+    return gpu_check
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("check") / "result.json"
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--device", "cpu", "--sizes", "tiny", "--output", str(output)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def test_every_kernel_is_checked_in_every_precision(result: dict[str, Any]) -> None:
+    checked = [row["name"].split(" ")[:2] for row in result["rows"] if row["part"] == "kernel"]
+    ops = {op for op, _ in checked}
+    assert len(ops) == 8
+    assert sorted(checked) == sorted([op, precision] for op in ops for precision in ("fp32", "fp16", "bf16"))
+    assert result["passed"]
+
+
+def test_times_say_what_they_are_compared_with(result: dict[str, Any]) -> None:
+    timed = {row["name"].split(" ")[0]: row for row in result["rows"] if row["part"] == "time"}
+    assert len(timed) == 9
+    assert all(isinstance(row["eager_ms"], float) for name, row in timed.items() if name != "scoring,")
+    assert {"kernels_ms", "maps_ms", "lowering_ms", "one_attention_ms"} <= timed["scoring,"].keys()
+    assert set(result["limits"]) == {"copy_gb_s", "product_tflop_s"}
+
+
+def test_the_machine_and_the_date_are_recorded(result: dict[str, Any]) -> None:
+    assert {"date", "device", "torch", "triton_language", "python"} <= result["machine"].keys()
+
+
+def test_a_machine_without_a_gpu_is_told_so() -> None:
+    run = subprocess.run([sys.executable, str(TOOLS / "gpu_check.py")], capture_output=True, text=True, check=False)
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert run.returncode == 1
+    assert "no GPU" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("outputs", "passed"),
+    [([1.0, 2.0], True), ([1.0, 2.00001], True), ([1.0, 2.1], False), ([float("nan"), 2.0], False), ([1.0], False)],
+)
+def test_wrong_outputs_are_noticed(gpu_check: ModuleType, outputs: list[float], passed: bool) -> None:
+    from gpu_cases import Case
+    from vflow.plugins.selection_kernels import KEEP_TOP
+
+    case = Case(KEEP_TOP, [], {}, list, lambda: None, (1e-4,))
+    wanted = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    if len(outputs) != len(wanted):
+        assert gpu_check.compare(case, [torch.tensor(outputs)], [wanted[:1].repeat(1, 1)])["passed"] is False
+    else:
+        assert gpu_check.compare(case, [torch.tensor(outputs)], [wanted])["passed"] is passed
+
+
+def test_integers_must_match_bit_for_bit(gpu_check: ModuleType) -> None:
+    from gpu_cases import Case
+    from vflow.plugins.selection_kernels import KEEP_TOP
+
+    case = Case(KEEP_TOP, [], {}, list, lambda: None, (0.0,))
+    assert gpu_check.compare(case, [torch.tensor([3, 4])], [torch.tensor([3, 5])]) == {"passed": False, "errors": [1]}
+
+
+def test_a_check_that_raises_fails_alone(gpu_check: ModuleType) -> None:
+    report = gpu_check.Report()
+    report.add("kernel", "broken", lambda: 1 // 0)
+    report.add("kernel", "fine", lambda: {"passed": True})
+    assert [row["passed"] for row in report.rows] == [False, True]
+    assert "ZeroDivisionError" in report.rows[0]["error"]
+    assert not report.passed
