@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +36,11 @@ def launch(spec: KernelSpec, inputs: Sequence[Tensor | None], **attributes: floa
         expected = DTYPES.get(argument.dtype, dtype)
         if tensor is not None and tensor.dtype != expected:
             raise ContractError(f"{spec.op}: {argument.name} must be {expected}, got {tensor.dtype}")
+    devices = {tensor.device for tensor in inputs if tensor is not None}
+    if len(devices) != 1:
+        raise ContractError(f"{spec.op}: inputs are on {', '.join(sorted(map(str, devices)))}; move them to one device")
+    device = devices.pop()
     constants = spec.constants({**symbols, **attributes}, PRECISION_OF[dtype])
-    device = next(tensor.device for tensor in inputs if tensor is not None)
     outputs = [
         torch.empty([evaluate(size, symbols) for size in argument.shape], dtype=DTYPES.get(argument.dtype, dtype), device=device)
         for argument in spec.outputs
@@ -46,5 +50,6 @@ def launch(spec: KernelSpec, inputs: Sequence[Tensor | None], **attributes: floa
         return outputs
     arguments: list[Any] = [None if tensor is None else tensor.contiguous() for tensor in inputs]
     sizes = [evaluate(size, symbols) for size in spec.sizes.values()]
-    spec.kernel[tuple(grid)](*arguments, *sizes, *outputs, **constants, num_warps=spec.num_warps, num_stages=spec.num_stages)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # kernels go to the current device
+        spec.kernel[tuple(grid)](*arguments, *sizes, *outputs, **constants, num_warps=spec.num_warps, num_stages=spec.num_stages)
     return outputs

@@ -35,14 +35,16 @@ RANK = """
     ahead_int = Cast <to: int = 7>(ahead)
     rank = ReduceSum <keepdims: int = 0>(ahead_int, one)
 """
-# Survivors in order: each writes its number to its place, everyone else to one place behind the last, which is cut off.
+# A permutation: survivors write their number to their place, the others to the places behind, which are cut off. (TensorRT scatters no more
+# elements than there is room for, and gives no order to those that meet in one place.)
 PLACE = """
     survives_int = Cast <to: int = 7>(survives)
     counted = CumSum(survives_int, axis)
     place = Sub(counted, one)
-    target = Where(survives, place, count)
-    room = Add(count, one)
-    blank = Expand(zero, room)
+    dropped_before = Sub(number, counted)
+    place_behind = Add(count, dropped_before)
+    target = Where(survives, place, place_behind)
+    blank = Expand(zero, tokens)
     written = ScatterElements <axis: int = 0>(blank, target, number)
     index = Slice(written, zero, count, zero)
 """

@@ -62,8 +62,9 @@ def main(paths: list[str]) -> int:
     console.print(answers)
     console.print(costs)
     right = sum(r.text == q.answer for r, q in zip(results[-1], questions, strict=True))
-    console.print(f"{right} of {len(questions)} answers right with {last[-1].stages[-1].kept if last[-1].stages else 'all'} visual tokens left of "
-                  f"{last[-1].visual_tokens}. Ask your own: vflow-export run {paths[-1]} --image {PICTURE} --prompt \"...\"", soft_wrap=True)  # fmt: skip
+    left = last[-1].stages[-1].kept if last[-1].stages else last[-1].visual_tokens
+    console.print(f"{right} of {len(questions)} answers right with {left} of {last[-1].visual_tokens} visual tokens left. Ask your own:")
+    console.print(f'vflow-export run {paths[-1]} --image {PICTURE} --prompt "..."', soft_wrap=True)
     return 0 if 2 * right >= len(questions) else 1
 
 

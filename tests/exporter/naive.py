@@ -61,13 +61,14 @@ def mix(attention: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("hij,jhd->ihd", attention, value).flatten(1)
 
 
-def relevance(attention: Tensor, threshold: float) -> Tensor:
-    """Section 1, points 2 to 4, from the map [heads, P, P]."""
+def relevance(attention: Tensor, threshold: float, score_rows: int) -> Tensor:
+    """Section 1, points 2 to 4, from the map [heads, P, P]; received attention from evenly spaced rows."""
     mean_map = attention.mean(0)
-    received = mean_map.sum(0)
-    rows = [j for j in range(len(received)) if received[j] > threshold]
+    sampled = [mean_map[i * 1024 // score_rows] for i in range(math.ceil(len(mean_map) * score_rows / 1024))]
+    received = torch.stack(sampled).mean(0) * len(mean_map)
     if threshold == 0:
-        rows = list(range(len(received)))
+        return received / len(mean_map)
+    rows = [j for j in range(len(received)) if received[j] > threshold]
     return mean_map[rows or [int(received.argmax())]].mean(0)
 
 
@@ -130,7 +131,7 @@ def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: i
         qkv = linear(layer_norm(x, w, f"{name}.norm1"), w, f"{name}.attn.qkv").reshape(-1, 3, heads, head_dim)
         attention = attention_map(rotate(qkv[:, 0], angles), rotate(qkv[:, 1], angles))
         if (ranks_for_decoder and number == last) or any(s.part == "tower" and s.layer == number + 1 for s in schedule.stages):
-            s = relevance(attention, schedule.importance.global_threshold)
+            s = relevance(attention, schedule.importance.global_threshold, schedule.importance.score_rows)
             s = s + schedule.importance.entropy_weight * bits[index].flatten().softmax(0)
             score = s.reshape(-1, group).mean(1).tolist()
         x = x + linear(mix(attention, qkv[:, 2]), w, f"{name}.attn.proj")

@@ -45,8 +45,14 @@ def test_jsonl_is_read_with_paths_relative_to_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 1: not JSON"), ("[]", "JSON object"), ({"prompt": "p"}, "'answer'"), ({"answer": "a"}, "'prompt'"), ({"prompt": "p", "answer": "a", "image": 3}, "'image'")],
-)  # fmt: skip
+    [
+        ("{", "line 1: not JSON"),
+        ("[]", "JSON object"),
+        ({"prompt": "p"}, "'answer'"),
+        ({"answer": "a"}, "'prompt'"),
+        ({"prompt": "p", "answer": "a", "image": 3}, "'image'"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path: Path, line: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_samples(write_lines(tmp_path / "data.jsonl", [line]))

@@ -49,7 +49,7 @@ def test_every_point_meets_a_kv_budget(draw: st.DataObject, size: int) -> None:
 
 
 def test_a_budget_that_tower_stages_cannot_meet_is_refused() -> None:
-    with pytest.raises(ScheduleError, match="prefill-flops 0.01 cannot be met"):
+    with pytest.raises(ScheduleError, match=r"prefill-flops 0\.01 cannot be met"):
         SearchSpace.for_model(SHAPE, Budget(keep=0.1, prefill_flops=0.01), tower_stages=1)
 
 

@@ -11,6 +11,7 @@ from kernel_errors import check
 from onnx_ops import run_op
 from vflow.plugins.compaction import WEIGHT_FLOOR, gather_tokens, keep_top, keep_top_per_cell, merge_tokens
 from vflow.plugins.compaction_kernels import GATHER_TOKENS, MERGE_TOKENS
+from vflow.plugins.contract import ContractError
 from vflow.plugins.launch import launch
 from vflow.plugins.selection_kernels import KEEP_TOP, KEEP_TOP_PER_CELL
 
@@ -141,3 +142,8 @@ def test_wide_features_are_merged_in_several_tiles() -> None:
         launch(MERGE_TOKENS, [features, importance, index, slot], floor=WEIGHT_FLOOR), merge_tokens(features, importance, index, slot), strict=True
     ):
         torch.testing.assert_close(actual, expected)
+
+
+def test_inputs_on_two_devices_are_refused() -> None:
+    with pytest.raises(ContractError, match="cpu, meta"):
+        launch(KEEP_TOP, [torch.zeros(3), torch.zeros(2, dtype=torch.int32, device="meta")])

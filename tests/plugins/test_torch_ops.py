@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,9 +10,9 @@ import vflow.plugins.compaction
 import vflow.plugins.entropy
 import vflow.plugins.guidance
 import vflow.plugins.importance  # noqa: F401  # registering
+from vflow.plugins import torch_ops
 from vflow.plugins.compaction import keep_top_per_cell, merge_tokens
 from vflow.plugins.importance import context_relevance
-from vflow.plugins.launch import launch
 
 
 def arguments(name: str) -> tuple[list[torch.Tensor | None], dict[str, Any], str]:
@@ -49,9 +48,7 @@ def test_operator_reference_shapes_and_kernel_agree(name: str) -> None:
     torch.library.opcheck(operator, (*tensors, *numbers.values()), test_utils=("test_schema", "test_faketensor"))
     outputs = operator(*tensors, *numbers.values())
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-    module, _, attribute = kernel.partition(":")
-    spec = getattr(importlib.import_module(f"vflow.plugins.{module}"), attribute)
-    for output, by_kernel in zip(outputs, launch(spec, tensors, **numbers), strict=True):
+    for output, by_kernel in zip(outputs, torch_ops._launch(kernel, (*tensors, *numbers.values()), {}), strict=True):
         torch.testing.assert_close(by_kernel, output)
 
 
