@@ -19,17 +19,17 @@ from vflow.engines import Session, open_engine
 from vflow.engines.results import GenerationResult
 from vflow.exporter.report import bytes_text
 from vflow.exporter.tiny.scenes import ask, render, sample_scene
+from vflow.exporter.tiny.trained import TRAINED_KINDS
 
 PICTURE = Path("out/demo.png")
 SCENE_SEED = 7_654_321  # held out from training
-KINDS = ("shape", "color", "count", "exists", "list")
 SIDE = 448  # pixels: 256 visual tokens
 
 
 def main(paths: list[str]) -> int:
     rng = np.random.default_rng(SCENE_SEED)
     scene = sample_scene(rng, width=SIDE, height=SIDE, min_objects=4, max_objects=4)
-    questions = [question for kind in KINDS if (question := ask(scene, rng, kind))]
+    questions = [question for kind in TRAINED_KINDS if (question := ask(scene, rng, kind))]
     PICTURE.parent.mkdir(exist_ok=True)
     Image.fromarray(render(scene)).save(PICTURE)
 

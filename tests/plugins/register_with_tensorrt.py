@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorrt as trt
 import tensorrt.plugin as trtp
-from tensorrt.plugin._lib import QDP_REGISTRY
+from tensorrt.plugin._lib import QDP_REGISTRY, _TemplatePluginCreator
 from tensorrt.plugin._tensor import Shape
 from vflow.plugins.compile import read_contracts
 from vflow.plugins.contract import Contract
@@ -34,6 +35,17 @@ def described(contract: Contract) -> list[Any]:
     return descriptors
 
 
+def created(contract: Contract, inputs: list[Any]) -> list[str]:
+    """Output types of the plugin that TensorRT makes of a node: attributes arrive as float32, as the ONNX parser has them."""
+    creator = _TemplatePluginCreator(contract.op, "vflow", dict.fromkeys(contract.attributes, (True, float)))
+    fields = [trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32) for name, value in contract.attributes.items()]
+    request = trt.QuickPluginCreationRequest.STRICT_AOT
+    plugin = creator.create_plugin(contract.op, "vflow", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD, request)
+    types = plugin.get_output_data_types([tensor.dtype for tensor in inputs], [len(argument.shape) for argument in contract.inputs])
+    assert plugin.aot_impl_function(*inputs, *plugin.attrs.values(), (), 0)[0] == contract.kernel  # chosen although attributes were rounded
+    return [kind.name for kind in types]
+
+
 def run(folder: Path, contract: Contract) -> dict[str, Any]:
     definition = QDP_REGISTRY[f"vflow::{contract.op}"]
     inputs = described(contract)
@@ -47,6 +59,7 @@ def run(folder: Path, contract: Contract) -> dict[str, Any]:
         "op": contract.op,
         "precision": contract.precision,
         "outputs": [[output.dtype.name, len(output.shape_expr)] for output in outputs],
+        "created": created(contract, inputs),
         "types": [[kind.name for kind in combination.types] for combination in combinations],
         "kernel": name,
         "same_code": code == (folder / contract.ptx).read_text(),

@@ -75,6 +75,7 @@ def test_outputs_have_the_types_and_ranks_of_the_onnx_nodes(registered: list[dic
     for plugin in registered:
         expected = [[{"float32": "FLOAT", "int64": "INT64", None: NAMES[plugin["precision"]]}[kind], rank] for kind, rank in OUTPUTS[plugin["op"]]]
         assert plugin["outputs"] == expected
+        assert plugin["created"] == [kind for kind, _ in expected]
 
 
 def test_each_precision_is_offered_as_one_combination_of_types(registered: list[dict[str, Any]]) -> None:
