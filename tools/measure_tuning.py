@@ -9,7 +9,6 @@ import argparse
 import time
 
 import torch
-
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.evaluate import generated_samples
 from vflow.exporter.presets import PRESETS, preset_schedule
