@@ -17,6 +17,7 @@ import torch
 from ..engines.directory import kv_segments, open_engine, write_engine_directory
 from ..engines.manifest import MANIFEST_FORMAT, Engine
 from ..engines.preprocess import ImageProcessorConfig
+from ..plugins.compile import compile_plugins
 from .checkpoint import Checkpoint, CheckpointError
 from .model import check_weights, pruned_graphs, shapes_only
 from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
@@ -38,6 +39,7 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 DEFAULT_MAX_VISUAL_TOKENS = 1280  # what Qwen2-VL's documentation suggests for max_pixels, in visual tokens
 DEFAULT_MAX_TEXT_TOKENS = 1024
 VISION_FILE, LANGUAGE_FILE, SCHEDULE_FILE = "vision.onnx", "language.onnx", "schedule.json"
+PLUGINS_FOLDER = "plugins"
 
 Progress = Callable[[str, float], None]  # phase, share done in 0..1
 
@@ -50,6 +52,7 @@ class BuildOptions:
     max_visual_tokens: int = DEFAULT_MAX_VISUAL_TOKENS
     max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
     force: bool = False
+    compute_capabilities: tuple[str, ...] = ()  # GPUs for which the ops' kernels are compiled into plugins/, such as "9.0"
 
 
 def build_engine(
@@ -58,7 +61,7 @@ def build_engine(
     """Build an engine directory.
 
     Raises:
-        CheckpointError, ScheduleError, EngineError: what is wrong with model, schedule or target; nothing is left behind.
+        CheckpointError, CompileError, EngineError, ScheduleError: what is wrong with model, kernels, target or schedule; nothing is left behind.
     """
     started = time.monotonic()
     dtype = PRECISIONS[options.precision]
@@ -79,6 +82,11 @@ def build_engine(
         graphs = [(vision, VISION_FILE), (language, LANGUAGE_FILE)]
         write_graphs(graphs, checkpoint, folder, progress=lambda done, total: progress("write weights", done / max(total, 1)))
         schedule.save(folder / SCHEDULE_FILE)
+        if options.compute_capabilities:
+            compile_plugins(
+                folder / PLUGINS_FOLDER, shape, options.precision, options.compute_capabilities,
+                progress=lambda done, total: progress("compile kernels", done / total),
+            )  # fmt: skip
         progress("check sums", 0.0)
         segments = kv_segments(schedule, shape.decoder.layers, max_visual_tokens=options.max_visual_tokens, max_text_tokens=options.max_text_tokens)
         manifest.update(

@@ -27,12 +27,13 @@ _stopped = Event()  # Python drops an exception that a signal raises inside a de
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what users can mend into one line on stderr and exit code 1."""
+    from ..plugins.compile import CompileError
     from .checkpoint import CheckpointError
     from .evaluate import DataError
 
     try:
         yield
-    except (CheckpointError, DataError, EngineError, ScheduleError) as error:
+    except (CheckpointError, CompileError, DataError, EngineError, ScheduleError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; nothing was left behind") from None
@@ -90,12 +91,13 @@ def _interrupt(*_: object) -> None:
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path, dir_okay=False), help="schedule.json instead of --keep.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
 @click.option("--target", "targets", multiple=True, type=click.Choice(["onnxruntime"]), default=["onnxruntime"], show_default=True)
+@click.option("--compute-capability", "capabilities", multiple=True, help="Compile the ops' kernels for this GPU (8.9, 9.0, …); repeatable.")
 @click.option("--max-visual-tokens", type=click.IntRange(1), default=1280, show_default=True, help="Visual tokens of a request before pruning.")
 @click.option("--max-text-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of prompt and answer.")
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 def build(
     model: str, output: Path, keep: float | None, preset: str | None, schedule_file: Path | None, precision: str,
-    targets: tuple[str, ...], max_visual_tokens: int, max_text_tokens: int, force: bool,
+    targets: tuple[str, ...], capabilities: tuple[str, ...], max_visual_tokens: int, max_text_tokens: int, force: bool,
 ) -> None:  # fmt: skip
     """Export a model with its pruning schedule baked in, into an engine directory.
 
@@ -120,7 +122,7 @@ def build(
             checkpoint = open_checkpoint(model)
             if schedule is None and keep is not None:
                 schedule = preset_schedule(preset or "progressive", model_shape(checkpoint.config), keep)
-            options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force)
+            options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force, capabilities)
             engine = build_engine(checkpoint, schedule or unpruned_schedule(), output, options, progress=progress)
         Console().print(build_table(engine))
         click.echo(f"engine     {output}")

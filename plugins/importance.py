@@ -10,9 +10,9 @@ relevance). VFlowOpt (arXiv 2508.05211), section 3.2.
 
 Both lower to fused attention, which every engine has in O(P) memory: a log-sum-exp Z can be read off an attention's output when one more key
 of known score g is told apart by its value. With the values (1, 0) for the real keys and (0, 1) for the extra one the output is
-(e^Z, e^g) / (e^Z + e^g), and their ratio gives Z without cancellation, however small or large. The column sums are again a log-sum-exp, of attention with Q and K swapped and a bias per key; a bias is one more dimension in
-which all queries hold 1. Biases are split into two dimensions (value and rounding rest), so that half precision does not
-round them.
+(e^Z, e^g) / (e^Z + e^g), and their ratio gives Z without cancellation, however small or large. The column sums are again a log-sum-exp,
+of attention with Q and K swapped and a bias per key; a bias is one more dimension in which all queries hold 1. Biases are split into two
+dimensions (value and rounding rest), so that half precision does not round them.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def row_log_sum_exp(query: Tensor, key: Tensor, *, scale: float, segment: Tensor
     return row_lse
 
 
-def masked_column_mean(
-    query: Tensor, key: Tensor, row_lse: Tensor, row_mask: Tensor, *, scale: float, segment: Tensor | None = None
-) -> Tensor:
+def masked_column_mean(query: Tensor, key: Tensor, row_lse: Tensor, row_mask: Tensor, *, scale: float, segment: Tensor | None = None) -> Tensor:
     """Mean of the attention map's columns over the masked rows and all heads.
 
     Args:
@@ -95,9 +93,7 @@ def _reference_row_log_sum_exp(query: Tensor, key: Tensor, segment: Tensor | Non
     return torch.cat(chunks, 1)
 
 
-def _reference_masked_column_mean(
-    query: Tensor, key: Tensor, row_lse: Tensor, row_mask: Tensor, segment: Tensor | None, scale: float
-) -> Tensor:
+def _reference_masked_column_mean(query: Tensor, key: Tensor, row_lse: Tensor, row_mask: Tensor, segment: Tensor | None, scale: float) -> Tensor:
     heads, patches = key.shape[:2]
     total = torch.zeros(heads, patches, dtype=torch.float32, device=key.device)
     for start in range(0, query.shape[1], ROW_CHUNK):
@@ -175,6 +171,8 @@ def context_relevance(
     if global_threshold == 0:
         return received / patches
     is_global = global_tokens(received, global_threshold)
+    if score_rows == ALL_ROWS and global_rows == ALL_ROWS:  # nothing to choose: the mask does it, without a copy of the queries
+        return masked_column_mean(query, key, row_lse, is_global, scale=scale)
     index = keep_top(received, share_count(patches, global_rows))
     chosen = query[:, index]
     chosen_lse = row_lse[:, index] if score_rows == ALL_ROWS else row_log_sum_exp(chosen, key, scale=scale)

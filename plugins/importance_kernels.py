@@ -19,6 +19,7 @@ __all__ = ["KERNELS", "MASKED_COLUMN_MEAN", "ROW_LOG_SUM_EXP", "load_rows", "pro
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+MAX_WIDE_TILE = 96  # head dimension up to which 64 keys fit into shared memory twice
 MIN_DOT_WIDTH = 16  # the smallest inner dimension of a matrix product in the Triton language
 
 
@@ -113,7 +114,8 @@ def masked_column_mean_kernel(
 
 
 def _constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    row_tile, column_tile = (32, 32) if precision == "fp32" else (64, 64)  # shared memory stays under 48 KiB at two stages
+    # Shared memory stays under 48 KiB at two stages.
+    row_tile, column_tile = (32, 32) if precision == "fp32" else (64, 64 if values["D"] <= MAX_WIDE_TILE else 32)
     return {**product_constants(values["D"], precision), "SCALE": values["scale"], "ROW_TILE": row_tile, "COLUMN_TILE": column_tile}
 
 

@@ -35,6 +35,8 @@ PRECISIONS = {
 # Function bodies go through half precision in places where kernels hold float32 (docs/algorithm.md, section 1).
 BODY_TOLERANCE = 1e-2
 
+_kept: list[tempfile.TemporaryDirectory[str]] = []  # folders of registered plugins, which are read whenever an engine is built
+
 Compare = Callable[[Case, Sequence[Tensor], Sequence[Tensor]], dict[str, Any]]
 
 
@@ -82,7 +84,8 @@ def _with_plugin(case: Case, precision: str, model: onnx.ModelProto) -> onnx.Mod
     inputs = [argument for argument in case.spec.inputs if not argument.optional]
     values = bind(inputs, [tuple(tensor.shape) for tensor in case.inputs]) | case.attributes
     contract, ptx, _ = compile_kernel(case.spec, values, precision, target)
-    folder = Path(tempfile.mkdtemp())  # read while engines are built, to the end of the process
+    _kept.append(tempfile.TemporaryDirectory())
+    folder = Path(_kept[-1].name)
     (folder / contract.ptx).write_text(ptx, encoding="ascii")
     manifest = {"format": FORMAT, "alignment": ALIGNMENT, "kernels": [contract.to_dict()]}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")

@@ -1,6 +1,6 @@
 """How much faster a tuning trial is for not repeating what does not change, in one run.
 
-    python tools/measure_tuning.py --model tiny --samples 30
+python tools/measure_tuning.py --model tiny --samples 30
 """
 
 from __future__ import annotations

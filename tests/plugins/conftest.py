@@ -24,8 +24,12 @@ COMPILE = """
 import json, sys
 from pathlib import Path
 from vflow.exporter.shape import ModelShape
-from vflow.plugins.compile import compile_plugins
+from vflow.plugins.compile import TARGETS, compile_kernel, compile_plugins, entry_parameters
+from vflow.plugins.entropy_kernels import PATCH_ENTROPY
 compile_plugins(Path(sys.argv[1]), ModelShape.from_dict(json.loads(sys.argv[2])), sys.argv[3])
+for target in TARGETS:  # the one kernel that no graph holds
+    _, ptx, _ = compile_kernel(PATCH_ENTROPY, {"K": 1176}, sys.argv[3], target)
+    assert entry_parameters(ptx)[1] == ["u64"] * 4
 """
 
 

@@ -116,7 +116,8 @@ def test_scoring_is_chunked_without_a_seam() -> None:
     query, key, scale = draw(2, 600, 600, 8, 8.0, seed=6)
     for threshold in (0.0, 2.0):
         expected = explicit_relevance(query.numpy(), key.numpy(), scale, threshold)
-        assert relative_error(context_relevance(query, key, scale=scale, global_threshold=threshold).numpy(), expected) <= tolerance(torch.float32, 8.0)
+        found = context_relevance(query, key, scale=scale, global_threshold=threshold).numpy()
+        assert relative_error(found, expected) <= tolerance(torch.float32, 8.0)
 
 
 def test_empty_global_set_falls_back_to_the_most_attended_patch() -> None:
