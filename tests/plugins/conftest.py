@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 from kernel_errors import worst
-from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
+from kernel_shape import SHAPE
 from vflow.plugins.contract import PRECISIONS
 
-# Odd sizes: a head dimension of two tiles, a group of 3 heads a key head, widths that are no powers of two.
-SHAPE = ModelShape(TowerShape(4, 320, 4, 1280, 1176, 2), DecoderShape(4, 96, 6, 2, 16, 256, 500))
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported: in this process kernels run on the CPU
 KERNEL_TESTS = ["test_kernels_scoring.py", "test_kernels_compaction.py", "test_torch_ops.py", "test_compile.py", "test_lowerings.py"]
 collect_ignore = [] if importlib.util.find_spec("triton") else KERNEL_TESTS  # there is no Triton language for macOS

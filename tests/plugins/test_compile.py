@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPE
+from kernel_shape import SHAPE
 from vflow.plugins.compile import MANIFEST_FILE, TARGETS, CompileError, compile_plugins, entry_parameters, read_contracts
 from vflow.plugins.contract import PRECISIONS, Contract, ContractError, evaluate
 from vflow.plugins.driver import DriverError, DriverKernel
