@@ -17,7 +17,7 @@ import torch
 from ..engines.directory import kv_segments, open_engine, write_engine_directory
 from ..engines.manifest import MANIFEST_FORMAT, Engine
 from ..engines.preprocess import ImageProcessorConfig
-from ..plugins.compile import compile_plugins
+from ..plugins.compile import check_target, compile_plugins
 from .checkpoint import Checkpoint, CheckpointError
 from .model import check_weights, pruned_graphs, shapes_only
 from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
@@ -110,6 +110,8 @@ def _check_limits(checkpoint: Checkpoint, options: BuildOptions) -> None:
     context = checkpoint.config.text_config.max_position_embeddings
     if options.max_text_tokens > context:
         raise CheckpointError(f"--max-text-tokens {options.max_text_tokens}: the model's context is {context} tokens")
+    for capability in options.compute_capabilities:
+        check_target(options.precision, capability)
 
 
 def copy_text_files(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:

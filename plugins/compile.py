@@ -8,6 +8,7 @@ source lines are recorded, so equal sources give equal files on any machine.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -24,6 +25,7 @@ __all__ = [
     "MANIFEST_FILE",
     "TARGETS",
     "CompileError",
+    "check_target",
     "compile_kernel",
     "compile_plugins",
     "entry_parameters",
@@ -148,6 +150,22 @@ def read_contracts(folder: Path) -> list[Contract]:
         raise ContractError(f"{file}: not a manifest of compiled plugins ({error}); compile them again") from None
 
 
+def check_target(precision: str, target: str) -> None:
+    """Refuse what cannot be compiled, before anything is.
+
+    Raises:
+        CompileError: unknown precision or target, no Triton language, or its interpreter in place of its compiler.
+    """
+    if precision not in PRECISIONS:
+        raise CompileError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    if target not in TARGETS:
+        raise CompileError(f"target {target!r}: use one of {', '.join(TARGETS)}")
+    if importlib.util.find_spec("triton") is None:
+        raise CompileError("the Triton language is missing: pip install 'vflow-export[kernels]'")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise CompileError("TRITON_INTERPRET=1 replaces the compiler of the Triton language by its interpreter: unset it")
+
+
 def compile_kernel(spec: KernelSpec, values: Mapping[str, Any], precision: str, target: str) -> tuple[Contract, str, bytes]:
     """Contract, PTX and cubin of one kernel without its optional inputs.
 
@@ -157,12 +175,7 @@ def compile_kernel(spec: KernelSpec, values: Mapping[str, Any], precision: str, 
     Raises:
         CompileError: see ``compile_plugins``.
     """
-    if precision not in PRECISIONS:
-        raise CompileError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    if target not in TARGETS:
-        raise CompileError(f"target {target!r}: use one of {', '.join(TARGETS)}")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise CompileError("TRITON_INTERPRET=1 replaces the compiler of the Triton language by its interpreter: unset it")
+    check_target(precision, target)
     constants = spec.constants(values, precision)
     inputs = tuple(argument for argument in spec.inputs if not argument.optional)
     outputs = spec.outputs
@@ -209,13 +222,11 @@ def entry_parameters(ptx: str) -> tuple[str, list[str]]:
 
 
 def _compile(spec: KernelSpec, constants: Mapping[str, Any], precision: str, target: str) -> Any:
-    try:
-        import triton
-        from triton import knobs
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-    except ImportError:
-        raise CompileError("compiling kernels needs the Triton language: pip install 'vflow-export[kernels]'") from None
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     pointers = {**POINTERS, "T": f"*{precision}"}
     types = {argument.name: pointers[argument.dtype] for argument in (*spec.inputs, *spec.outputs)} | dict.fromkeys(spec.sizes, "i32")
     absent = {argument.name: None for argument in spec.inputs if argument.optional}
