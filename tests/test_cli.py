@@ -354,7 +354,7 @@ def test_a_saved_schedule_can_be_given_back(engine: Engine, tmp_path: Path) -> N
 def test_a_gpu_that_kernels_are_not_compiled_for_is_refused_before_anything_is_traced(
     call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    result = call("build", "--model", random_checkpoint, "--output", tmp_path / "e", "--compute-capability", "7.0")
+    result = call("build", "--model", random_checkpoint, "--output", tmp_path / "e", "--compute-capability", "7.0", *LIMITS)
     refused(result, "target '7.0': use one of 8.0")
     assert "trace" not in result.stderr
     assert list(tmp_path.iterdir()) == []
