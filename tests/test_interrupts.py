@@ -22,6 +22,14 @@ PHASES = ["open checkpoint", "trace vision", "trace language", "write weights", 
 LIMITS = ["--max-visual-tokens", "64", "--max-text-tokens", "64"]
 
 
+@pytest.fixture(autouse=True)
+def interrupts_arrive() -> Iterator[None]:
+    """Ctrl-C as at a terminal: a suite started in the background has it ignored, and so would the builds it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def small_graph(*_: Any, **__: Any) -> ir.Model:
     """Stands for a traced graph: one weight, one output. Tracing takes seconds and is not what is tested here."""
     weight = ir.Value(name="walk.language_model.norm.weight", shape=ir.Shape([32]), type=ir.TensorType(ir.DataType.FLOAT))

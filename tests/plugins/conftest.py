@@ -14,7 +14,6 @@ from kernel_errors import worst
 from kernel_shape import SHAPE
 from vflow.plugins.contract import PRECISIONS
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported: in this process kernels run on the CPU
 KERNEL_TESTS = ["test_kernels_scoring.py", "test_kernels_compaction.py", "test_torch_ops.py", "test_compile.py", "test_lowerings.py"]
 collect_ignore = [] if importlib.util.find_spec("triton") else KERNEL_TESTS  # there is no Triton language for macOS
 
