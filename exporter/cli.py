@@ -258,7 +258,7 @@ def tune(
         raise click.UsageError("--preset paper has no tower stages and no guidance: leave out --tower-stages and --guidance")
     with one_line_errors():
         from .checkpoint import open_checkpoint
-        from .evaluate import generated_samples, read_samples
+        from .evaluate import CALIBRATION_SEED, generated_samples, read_samples
         from .models.qwen2_vl import model_shape
         from .report import schedule_lines
         from .search_space import Budget, SearchSpace, parse_bytes
@@ -267,7 +267,7 @@ def tune(
 
         tokens = max(1, side // 28)
         budget = Budget(keep, parse_bytes(kv_budget) if kv_budget else None, prefill_flops, rows=tokens, columns=tokens)
-        labelled = read_samples(data, labelled=False)[:samples] if data else generated_samples(samples, TRAINED_KINDS, side)
+        labelled = read_samples(data, labelled=False)[:samples] if data else generated_samples(samples, TRAINED_KINDS, side, seed=CALIBRATION_SEED)
         calibration = [CalibrationSample(sample.images[0], sample.prompt) for sample in labelled if sample.images]
         with progress_bar() as progress:
             progress("open checkpoint", 0.0)

@@ -17,10 +17,21 @@ from typing import Any
 from ..engines.session import ImageSource, Session
 from .tiny.scenes import samples
 
-__all__ = ["DataError", "Evaluation", "LabelledSample", "Score", "evaluate_session", "generated_samples", "read_samples", "wilson_interval"]
+__all__ = [
+    "CALIBRATION_SEED",
+    "DataError",
+    "Evaluation",
+    "LabelledSample",
+    "Score",
+    "evaluate_session",
+    "generated_samples",
+    "read_samples",
+    "wilson_interval",
+]
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
-EVALUATION_SEED = 9_000_000  # held out; other seeds serve training, its reports and `verify`
+EVALUATION_SEED = 9_000_000  # held out; other seeds serve training, its reports, `verify` and calibration
+CALIBRATION_SEED = 6_000_000  # of what `tune` looks at, which evaluation must not
 MAX_ANSWER_TOKENS = 64
 
 
@@ -115,9 +126,9 @@ def read_samples(path: Path, *, labelled: bool = True) -> list[LabelledSample]:
     return found
 
 
-def generated_samples(count: int, kinds: Sequence[str], side: int) -> Iterator[LabelledSample]:
+def generated_samples(count: int, kinds: Sequence[str], side: int, *, seed: int = EVALUATION_SEED) -> Iterator[LabelledSample]:
     """Held-out scenes of ``side`` × ``side`` pixels, kinds in turn."""
-    for sample in samples(seed=EVALUATION_SEED, count=count, kinds=kinds, width=side, height=side):
+    for sample in samples(seed=seed, count=count, kinds=kinds, width=side, height=side):
         yield LabelledSample((sample.image,), sample.question.prompt, sample.question.answer, sample.question.kind)
 
 

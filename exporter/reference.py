@@ -18,7 +18,7 @@ from .shape import ModelShape
 
 __all__ = ["TorchBackend"]
 
-NUMPY_DTYPES: dict[torch.dtype, type[np.float16] | type[np.float32]] = {torch.float16: np.float16, torch.float32: np.float32}
+NUMPY_DTYPES: dict[torch.dtype, type[np.floating[Any]]] = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
 
 class TorchBackend:

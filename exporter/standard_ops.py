@@ -59,10 +59,10 @@ def tensor_scatter(cache: Tensor, update: Tensor, starts: Tensor) -> Tensor:
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
-    """Root-mean-square norm over the last axis, in float32."""
+    """Root-mean-square norm over the last axis, in float32 (float64 for float64)."""
     if is_tracing():
         return _standard("RMSNormalization", (hidden, weight), {"axis": -1, "epsilon": epsilon, "stash_type": 1}, hidden)
-    wide = hidden.float()
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(hidden.dtype)
 
 

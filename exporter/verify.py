@@ -31,14 +31,17 @@ from .tiny.scenes import KINDS, samples
 
 __all__ = ["Finding", "VerifyInput", "generated_inputs", "verify_engine"]
 
-# fp32: the same operations in another order. Worst seen on the small model is in docs/quality.md, a tenth of this.
+# fp32: the same operations in another order. What was measured is in docs/quality.md.
 FP32_LOGITS = 1e-4
+# The reference of an fp32 engine computes in float64, so that the engine's rounding is measured and not the reference's: on peaked attention (the
+# small model has scores of 300) fp32 alone is 3e-4 from float64 on some inputs. Larger checkpoints would not fit: their reference is fp32.
+FLOAT64_LIMIT = 1 << 30  # bytes of the checkpoint
 # fp16 carries 11 bits (2⁻¹¹ = 4.9e-4 relative) and every layer rounds anew, in another place in each framework: 1 % of the largest
 # logit is twenty roundings. On calm ground many patches are equally important to rounding, and which of them survive is then arbitrary: in fp16
-# survivors need not be the same tokens, but must hold as much importance, to twenty roundings a selection: each tower stage is one more
-# place for near ties to swap, after which attention is measured among other tokens.
+# survivors need not be the same tokens, but must hold as much importance. An attention score of 100 is rounded to 0.06 in fp16, so importances
+# carry errors of 5 %; each tower stage is one more selection, after which attention is measured among other tokens.
 FP16_LOGITS_RELATIVE = 1e-2
-FP16_IMPORTANCE_RELATIVE = 1e-2
+FP16_IMPORTANCE_RELATIVE = 5e-2
 DECODE_STEPS = 6
 VERIFY_SIZES = ((448, 448), (336, 448), (224, 168), (140, 280), (500, 230))  # pixels; the last is resized on the way
 VERIFY_SEED = 8_000_000  # held out
@@ -90,6 +93,8 @@ def verify_engine(
         unpruned = build_engine(checkpoint, unpruned_schedule(), Path(folder) / "unpruned", options)
         findings = list(_against_hugging_face(Session(unpruned), model, inputs, progress))
     session = Session(engine)
+    if engine.precision == "fp32" and checkpoint.size <= FLOAT64_LIMIT:
+        model = model.double()
     reference = Session(engine, backend=TorchBackend(model, engine.shape, engine.schedule, engine.segments))
     findings += _against_reference(session, reference, inputs, progress)
     findings += _decoding(session, inputs, progress)

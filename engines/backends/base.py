@@ -13,7 +13,7 @@ __all__ = ["Backend"]
 class Backend(Protocol):
     """Two graphs and the KV caches between their calls; shapes and dtypes in docs/architecture.md."""
 
-    dtype: type[np.float16] | type[np.float32]
+    dtype: type[np.floating[Any]]
 
     @property
     def cache_bytes(self) -> int:
