@@ -22,12 +22,11 @@ from .checkpoint import Checkpoint, CheckpointError
 from .model import check_weights, pruned_graphs, shapes_only
 from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
 from .onnx_writer import write_graphs
+from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS
 from .schedule import Schedule
 from .trace import trace_language, trace_vision
 
 __all__ = [
-    "DEFAULT_MAX_TEXT_TOKENS",
-    "DEFAULT_MAX_VISUAL_TOKENS",
     "PRECISIONS",
     "BuildOptions",
     "build_engine",
@@ -36,8 +35,6 @@ __all__ = [
 ]
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-DEFAULT_MAX_VISUAL_TOKENS = 1280  # what Qwen2-VL's documentation suggests for max_pixels, in visual tokens
-DEFAULT_MAX_TEXT_TOKENS = 1024
 VISION_FILE, LANGUAGE_FILE, SCHEDULE_FILE = "vision.onnx", "language.onnx", "schedule.json"
 PLUGINS_FOLDER = "plugins"
 

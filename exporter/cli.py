@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..engines.errors import EngineError
+from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS, DEFAULT_PRESET, PRESETS, preset_schedule
 from .schedule import ScheduleError
 
 __all__ = ["main"]
@@ -87,13 +88,19 @@ def _interrupt(*_: object) -> None:
 @click.option("--model", required=True, help="Alias (tiny, qwen2-vl, qwen2-vl-7b, qwen2-vl-72b), checkpoint folder, or hub id.")
 @click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Engine directory to write.")
 @click.option("--keep", type=click.FloatRange(0, 1, min_open=True), help="Average share of visual tokens that decoder layers keep.")
-@click.option("--preset", type=click.Choice(["progressive", "tower", "paper"]), help="Schedule for --keep.  [default: progressive]")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help=f"Schedule for --keep.  [default: {DEFAULT_PRESET}]")
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path, dir_okay=False), help="schedule.json instead of --keep.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
 @click.option("--target", "targets", multiple=True, type=click.Choice(["onnxruntime"]), default=["onnxruntime"], show_default=True)
 @click.option("--compute-capability", "capabilities", multiple=True, help="Compile the ops' kernels for this GPU (8.9, 9.0, …); repeatable.")
-@click.option("--max-visual-tokens", type=click.IntRange(1), default=1280, show_default=True, help="Visual tokens of a request before pruning.")
-@click.option("--max-text-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of prompt and answer.")
+@click.option(
+    "--max-visual-tokens",
+    type=click.IntRange(1),
+    default=DEFAULT_MAX_VISUAL_TOKENS,
+    show_default=True,
+    help="Visual tokens of a request before pruning.",
+)
+@click.option("--max-text-tokens", type=click.IntRange(1), default=DEFAULT_MAX_TEXT_TOKENS, show_default=True, help="Tokens of prompt and answer.")
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 def build(
     model: str, output: Path, keep: float | None, preset: str | None, schedule_file: Path | None, precision: str,
@@ -112,7 +119,6 @@ def build(
         from .build import BuildOptions, build_engine
         from .checkpoint import open_checkpoint
         from .models.qwen2_vl import model_shape
-        from .presets import preset_schedule
         from .report import build_table
         from .schedule import load_schedule, unpruned_schedule
 
@@ -121,7 +127,7 @@ def build(
             progress("open checkpoint", 0.0)
             checkpoint = open_checkpoint(model)
             if schedule is None and keep is not None:
-                schedule = preset_schedule(preset or "progressive", model_shape(checkpoint.config), keep)
+                schedule = preset_schedule(preset or DEFAULT_PRESET, model_shape(checkpoint.config), keep)
             options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force, capabilities)
             engine = build_engine(checkpoint, schedule or unpruned_schedule(), output, options, progress=progress)
         Console().print(build_table(engine))

@@ -90,9 +90,9 @@ def evaluate_session(
     right: dict[str, list[bool]] = defaultdict(list)
     tokens = kept = 0
     kv_visual = 0
+    limit = min(MAX_ANSWER_TOKENS, session.engine.limits.max_text_tokens)
     for number, sample in enumerate(data):
         progress(f"evaluate {name}", number / len(data))
-        limit = min(MAX_ANSWER_TOKENS, session.engine.limits.max_text_tokens)
         result = session.generate(sample.prompt, sample.images, max_new_tokens=limit)
         right[sample.kind].append(_plain(result.text) == _plain(sample.answer))
         tokens += result.visual_tokens

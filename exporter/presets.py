@@ -13,7 +13,11 @@ from .budget import spend_keep
 from .schedule import KEEP_UNIT, Importance, Schedule, ScheduleError, Stage
 from .shape import ModelShape
 
-__all__ = ["PRESETS", "preset_schedule"]
+__all__ = ["DEFAULT_MAX_TEXT_TOKENS", "DEFAULT_MAX_VISUAL_TOKENS", "DEFAULT_PRESET", "PRESETS", "preset_schedule"]
+
+DEFAULT_MAX_VISUAL_TOKENS = 1280  # of a request; what Qwen2-VL's documentation suggests for max_pixels, in visual tokens
+DEFAULT_MAX_TEXT_TOKENS = 1024
+DEFAULT_PRESET = "progressive"
 
 # Published for LLaVA-OneVision-7B: average keep → ratios of the first two stages (each of the stage before), t, cell side; α = 0.
 PUBLISHED = {

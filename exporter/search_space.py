@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .budget import cost, kv_bytes, spend_keep
@@ -60,7 +60,7 @@ class Budget:
         keeps = [1.0] if self.keep is None else [self.keep]
         if self.kv_bytes is not None:
             whole = kv_bytes(Schedule(), shape, tokens=self.rows * self.columns, bytes_per_value=self.bytes_per_value)
-            rounding = shape.decoder.layers * kv_bytes(Schedule(), shape, tokens=1, bytes_per_value=self.bytes_per_value) / shape.decoder.layers
+            rounding = kv_bytes(Schedule(), shape, tokens=1, bytes_per_value=self.bytes_per_value)
             keeps.append((self.kv_bytes - rounding) / whole)  # ceilings cost up to a token a layer
         if min(keeps) * KEEP_UNIT < 1:
             raise ScheduleError(f"the budget leaves less than 1/{KEEP_UNIT} of the visual tokens (or less than one); raise it")
@@ -154,7 +154,7 @@ class SearchSpace:
         return tuple(Stage("decoder", start, keep, recycle if start == 0 else None) for start, keep in zip(self.starts, keeps, strict=True))
 
     def _with_tower(self, base: Schedule, unit: Mapping[str, float]) -> Schedule:
-        """Tower stages: all keeps but the last from the point, the last solved from the FLOPs where they are budgeted."""
+        """Tower stages with places and keeps of the point; keeps shrink together, towards the first decoder stage's, until the FLOPs are met."""
         if not self.tower_stages:
             self._check_flops(base)
             return base
@@ -227,12 +227,7 @@ def parse_bytes(text: str) -> int:
 
 def _put_tower(base: Schedule, places: list[int], keeps: list[int]) -> Schedule:
     tower = tuple(Stage("tower", block, keep) for block, keep in zip(places, keeps, strict=True))
-    return Schedule(
-        stages=(*tower, *base.stages),
-        importance=base.importance,
-        recycled_importance=base.recycled_importance,
-        guidance_weight=base.guidance_weight,
-    )
+    return replace(base, stages=(*tower, *base.stages))
 
 
 def _between(low: float, high: float, share: float) -> float:

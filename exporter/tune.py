@@ -243,7 +243,8 @@ def tune_schedule(
         sampler=_sampler(optuna, seed),
         load_if_exists=True,
     )
-    identity = {"model": fingerprint, "space": hashlib.sha256(repr(replace(space, shape=None)).encode()).hexdigest()[:16]}  # type: ignore[arg-type]
+    searched = repr(replace(space, shape=None))  # type: ignore[arg-type]  # only printed; the model has its fingerprint
+    identity = {"model": fingerprint, "space": hashlib.sha256(searched.encode()).hexdigest()[:16]}
     known = study.user_attrs
     for name, value in identity.items():
         if known.get(name, value) != value:

@@ -17,6 +17,7 @@ from .contract import KernelSpec
 
 __all__ = ["register"]
 
+# PyTorch has not typed this class, hence what is ignored here and below.
 _library = torch.library.Library("vflow", "DEF")  # type: ignore[no-untyped-call]
 
 
