@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=110, help="training time; the schedule follows the clock")
     parser.add_argument("--steps", type=int, help="number of steps instead of --minutes: same data order and schedule on every machine")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kinds", default=",".join(KINDS), help="question kinds, comma-separated (default: all)")
+    parser.add_argument("--kinds", default=",".join(k for k in KINDS if not k.startswith("small_")), help="question kinds, comma-separated")
     parser.add_argument("--questions", type=int, default=8, help="questions an image, the list not counted")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=7)
@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     parser.add_argument("--resume", type=Path, help="a training_state.pt of the same options")
+    parser.add_argument("--resume-at", type=float, help="set the clock of a resumed run to this minute (rate and curriculum follow it)")
     parser.add_argument("--evaluate-every", type=float, default=10, help="minutes between evaluations and saves")
     args = parser.parse_args()
     kinds = args.kinds.split(",")
@@ -309,7 +310,7 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
         trainee.load_state_dict(state["trainee"])
         adam.load_state_dict(state["adam"])
         muon.moments = dict(zip(muon.moments, state["muon"], strict=True))
-        step, spent = state["step"], state["spent"]
+        step, spent = state["step"], state["spent"] if args.resume_at is None else args.resume_at
 
     context = multiprocessing.get_context("spawn")
     queue, shared = context.Queue(maxsize=6), context.Value("d", 0.0)

@@ -7,14 +7,29 @@ picture, so that a tenth of the visual tokens can hold them. Needs NumPy only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["COLORS", "KINDS", "SHAPES", "Question", "Sample", "Scene", "SceneObject", "ask", "render", "sample_scene", "samples"]
+__all__ = [
+    "COLORS",
+    "KINDS",
+    "SHAPES",
+    "SMALL_KINDS",
+    "SMALL_OBJECT",
+    "Question",
+    "Sample",
+    "Scene",
+    "SceneObject",
+    "ask",
+    "render",
+    "sample_scene",
+    "samples",
+]
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (205, 45, 45),
@@ -27,7 +42,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "ring": "rings", "cross": "crosses"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-MIN_OBJECT, MAX_OBJECT = 34, 56  # diameter in pixels; a visual token is 28
+MIN_OBJECT, MAX_OBJECT = 20, 56  # diameter in pixels, small ones as often as large ones (log-uniform); a visual token is 28
+SMALL_OBJECT = 28  # pixels; a smaller object is smaller than a visual token, so that pruning one token can remove it
 MIN_SEPARATION = 16  # pixels between two centres along an axis before their order along it is asked for
 GAP = 4  # pixels of background between two objects
 
@@ -84,7 +100,7 @@ def sample_scene(rng: np.random.Generator, *, width: int, height: int, max_objec
     for _ in range(wanted * 30):
         if len(placed) == wanted:
             break
-        size = float(rng.uniform(MIN_OBJECT, MAX_OBJECT))
+        size = float(np.exp(rng.uniform(np.log(MIN_OBJECT), np.log(MAX_OBJECT))))
         margin = size / 2 + 1
         x, y = float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin))
         candidate = SceneObject(colors[int(rng.choice(palette))], shapes[int(rng.integers(len(shapes)))], x, y, size)
@@ -160,13 +176,15 @@ def _distance(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radi
     raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
 
 
-def _shape(scene: Scene, rng: np.random.Generator) -> Question | None:
-    item = _pick(rng, [o for o in scene.objects if sum(o.color == p.color for p in scene.objects) == 1])
+def _shape(scene: Scene, rng: np.random.Generator, below: float = math.inf) -> Question | None:
+    """About an object of size under ``below`` (pixels), told apart from all others by its colour."""
+    item = _pick(rng, [o for o in scene.objects if o.size < below and sum(o.color == p.color for p in scene.objects) == 1])
     return Question("shape", f"what shape is the {item.color} object ?", item.shape) if item else None
 
 
-def _color(scene: Scene, rng: np.random.Generator) -> Question | None:
-    item = _pick(rng, [o for o in scene.objects if sum(o.shape == p.shape for p in scene.objects) == 1])
+def _color(scene: Scene, rng: np.random.Generator, below: float = math.inf) -> Question | None:
+    """About an object of size under ``below`` (pixels), told apart from all others by its shape."""
+    item = _pick(rng, [o for o in scene.objects if o.size < below and sum(o.shape == p.shape for p in scene.objects) == 1])
     return Question("color", f"what color is the {item.shape} ?", item.color) if item else None
 
 
@@ -186,11 +204,17 @@ def _count_shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("count_shape", f"how many {PLURALS[shape]} are there ?", NUMBERS[present.count(shape)])
 
 
-def _exists(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """Half of the answers are yes; most of the wrong pairs mix a colour and a shape that are both present."""
+def _exists(scene: Scene, rng: np.random.Generator, below: float = math.inf) -> Question | None:
+    """Half of the answers are yes, about an object of size under ``below`` (pixels), and nothing is asked where there is none.
+
+    Most of the wrong pairs mix a colour and a shape that are both present.
+    """
     names = [o.name for o in scene.objects]
+    askable = [o.name for o in scene.objects if o.size < below]
+    if not askable:
+        return None
     if rng.random() < 0.5:
-        return Question("exists", f"is there a {names[int(rng.integers(len(names)))]} ?", "yes")
+        return Question("exists", f"is there a {askable[int(rng.integers(len(askable)))]} ?", "yes")
     for _ in range(20):
         if rng.random() < 0.7:
             color, shape = _pick(rng, scene.objects).color, _pick(rng, scene.objects).shape  # type: ignore[union-attr]  # never empty here
@@ -233,6 +257,18 @@ def _pick(rng: np.random.Generator, items: Sequence[SceneObject]) -> SceneObject
     return items[int(rng.integers(len(items)))] if items else None
 
 
+def _small(question: Callable[[Scene, np.random.Generator, float], Question | None]) -> Callable[[Scene, np.random.Generator], Question | None]:
+    """The same question about an object smaller than a visual token, as a kind of its own."""
+
+    def small(scene: Scene, rng: np.random.Generator) -> Question | None:
+        asked = question(scene, rng, SMALL_OBJECT)
+        return asked and replace(asked, kind=f"small_{asked.kind}")
+
+    return small
+
+
+# The words of three other kinds, about small objects: for evaluation, since training on both would only ask those three more often.
+SMALL_KINDS = {"small_shape": _small(_shape), "small_color": _small(_color), "small_exists": _small(_exists)}
 KINDS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "shape": _shape,
     "color": _color,
@@ -243,6 +279,7 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "horizontal": _horizontal,
     "vertical": _vertical,
     "list": _list,
+    **SMALL_KINDS,
 }
 
 
