@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .schedule import KEEP_UNIT, Schedule, ScheduleError, Stage, cell_count, keep_count
-from .shape import ModelShape
+from .schedule import KEEP_UNIT, Schedule, ScheduleError, Stage, keep_count
+from .shape import ModelShape, TowerShape
 
-__all__ = ["Cost", "cost", "kv_bytes", "spend_keep"]
+__all__ = ["Cost", "cost", "kv_bytes", "prefill_flops", "spend_keep"]
 
 SCORING_WIDTH = 8  # dimensions that the lowering adds to a head (plugins/importance.py)
 
@@ -26,6 +26,7 @@ class Cost:
         embed_flops: patch embedding and merger.
         scoring_flops: importance and merging, as the exported graphs compute them.
         decoder_tokens, decoder_layer_flops: per decoder layer; the sequence is these and the text.
+        guidance_flops: the last token's attention at stages that look at it.
         head_flops: logits of the last token.
     """
 
@@ -35,6 +36,7 @@ class Cost:
     scoring_flops: int
     decoder_tokens: tuple[int, ...]
     decoder_layer_flops: tuple[int, ...]
+    guidance_flops: int
     head_flops: int
 
     @property
@@ -45,7 +47,7 @@ class Cost:
     @property
     def decoder_flops(self) -> int:
         """Language graph."""
-        return sum(self.decoder_layer_flops) + self.head_flops
+        return sum(self.decoder_layer_flops) + self.guidance_flops + self.head_flops
 
     @property
     def flops(self) -> int:
@@ -73,6 +75,8 @@ def cost(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, text
         length = alive + text_tokens
         return 2 * length * per_token + 2 * length * (length + 1) * attention_width  # causal: half of the square
 
+    guided = schedule.later_stages if schedule.guidance_weight > 0 else ()
+    guidance = sum(2 * (in_decoder[stage.layer - 1] + text_tokens) * attention_width for stage in guided)
     return Cost(
         tower_tokens=in_tower,
         tower_block_flops=tuple(map(block_flops, in_tower)),
@@ -80,8 +84,18 @@ def cost(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, text
         scoring_flops=_scoring_flops(schedule, shape, rows, columns),
         decoder_tokens=in_decoder,
         decoder_layer_flops=tuple(map(layer_flops, in_decoder)),
+        guidance_flops=guidance,
         head_flops=2 * decoder.hidden_size * decoder.vocab_size,
     )
+
+
+def prefill_flops(schedule: Schedule, shape: ModelShape, grids: Sequence[tuple[int, int]], *, text_tokens: int, scoring: bool = True) -> int:
+    """FLOPs of a prefill with images of these rows × columns; without ``scoring``, what choosing tokens costs is left out."""
+    total = cost(schedule, shape, rows=1, columns=sum(rows * columns for rows, columns in grids), text_tokens=text_tokens).decoder_flops
+    for rows, columns in grids:
+        image = cost(schedule, shape, rows=rows, columns=columns, text_tokens=0)
+        total += image.tower_flops + (image.scoring_flops if scoring else 0)
+    return total
 
 
 def _scoring_flops(schedule: Schedule, shape: ModelShape, rows: int, columns: int) -> int:
@@ -95,16 +109,21 @@ def _scoring_flops(schedule: Schedule, shape: ModelShape, rows: int, columns: in
     for block in set(scored):
         patches = keep_count(tokens, schedule.keep_at("tower", block)) * tower.group
         looked_at = keep_count(patches, settings.score_rows)
-        total += 4 * looked_at * patches * (2 * wide + tower.embed_dim)  # log-sum-exp in two calls, received attention
+        total += _lse_flops(looked_at, patches, tower, wide) + 4 * patches * (looked_at + 1) * wide  # then received attention
         if settings.global_threshold > 0:
             chosen = keep_count(patches, settings.global_rows)
-            again = wide + tower.embed_dim if settings.score_rows < KEEP_UNIT else 0  # these rows' log-sum-exp was not among the sample
-            total += 4 * chosen * patches * (wide + again)
+            total += 4 * patches * (chosen + 1) * wide
+            if settings.score_rows < KEEP_UNIT:
+                total += _lse_flops(chosen, patches, tower, wide)  # these rows' log-sum-exp was not among the sample
     for stage in schedule.stages:
         if stage.cell is not None:
             total += _merge_flops(schedule, stage, shape, tokens)
-            total += 2 * cell_count(rows, stage.cell) * cell_count(columns, stage.cell) * tokens
     return total
+
+
+def _lse_flops(rows: int, patches: int, tower: TowerShape, wide: int) -> int:
+    """Log-sum-exp of ``rows``: a call for the guess, and one over a key more than there are patches."""
+    return 4 * rows * (patches * tower.embed_dim + (patches + 1) * wide)
 
 
 def _merge_flops(schedule: Schedule, stage: Stage, shape: ModelShape, tokens: int) -> int:

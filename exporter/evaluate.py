@@ -1,52 +1,40 @@
-"""Evaluate: how often an engine answers rightly, per kind of question, and what that cost.
+"""Evaluate: how often an engine or a pruning method answers rightly, how well it agrees with the unpruned model, and what it costs.
 
-Data is JSONL, one ``{"image": "relative/path.png", "prompt": "…", "answer": "…", "kind": "…"}`` a line (``images`` for several, ``kind``
-optional), or the generated scenes of the small model. An answer is right if it equals the expected one but for case, space and a final stop.
+An answer is right if it equals the expected one but for case, space and a final stop. Agreement needs no labels: the share of first tokens
+that are the unpruned model's, and the mean cosine of the last prompt token's hidden state. Every result carries its cost, so that methods are
+compared at equal average keep or at equal prefill FLOPs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..engines.session import ImageSource, Session
-from .tiny.scenes import samples
+import numpy as np
 
-__all__ = [
-    "CALIBRATION_SEED",
-    "DataError",
-    "Evaluation",
-    "LabelledSample",
-    "Score",
-    "evaluate_session",
-    "generated_samples",
-    "read_samples",
-    "wilson_interval",
-]
+from ..engines.results import Prepared, stage_counts
+from ..engines.results import kv_bytes as kv_cache_bytes
+from ..engines.session import Session
+from .budget import kv_bytes, prefill_flops
+from .data import LabelledSample
+from .reference import Question, ReferenceModel, Reply, cosine
+from .schedule import Schedule, keep_count
+from .shape import ModelShape
+from .shared_tower import SharedTower, embed_plainly
+
+if TYPE_CHECKING:
+    from .methods import Method
+
+__all__ = ["Agreement", "Candidate", "Evaluation", "Score", "evaluate_candidates", "evaluate_session", "wilson_interval"]
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
-EVALUATION_SEED = 9_000_000  # held out; other seeds serve training, its reports, `verify` and calibration
-CALIBRATION_SEED = 6_000_000  # of what `tune` looks at, which evaluation must not
 MAX_ANSWER_TOKENS = 64
+KV_BYTES_PER_VALUE = 2  # what a cache entry is counted as where no engine has allocated it: fp16
 
-
-class DataError(ValueError):
-    """A data file that cannot be used; the message names file and line."""
-
-
-@dataclass(frozen=True)
-class LabelledSample:
-    """A question about images with its right answer."""
-
-    images: tuple[ImageSource, ...]
-    prompt: str
-    answer: str
-    kind: str
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -59,77 +47,151 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """An engine's scores; ``visual_tokens`` and ``kept`` are means over the samples, ``kept`` of the last stage."""
+class Agreement:
+    """With the unpruned model on the same questions: share of equal first tokens, mean cosine of the last hidden state."""
 
-    engine: str
+    first_token: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one engine or method did.
+
+    Attributes:
+        name: of the engine or method.
+        average_keep: visual tokens kept, mean over decoder layers, as a share of the whole picture's.
+        prefill_flops: of the unpruned prefill's, tower and decoder together, choosing included.
+        kv_visual_bytes: visual KV cache: allocated by an engine, or of a request in fp16.
+        total, by_kind: None and empty where the data has no answers.
+        agreement: None where no unpruned reference was at hand.
+        visual_tokens, kept: means over the samples, ``kept`` of the last stage.
+    """
+
+    name: str
     average_keep: float
-    total: Score
+    prefill_flops: float
+    kv_visual_bytes: int
+    total: Score | None
     by_kind: Mapping[str, Score]
+    agreement: Agreement | None
     visual_tokens: float
     kept: float
-    kv_visual_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form of ``evaluate --json``."""
         return {
-            "engine": self.engine,
-            "average_keep": self.average_keep,
-            **vars(self.total),
+            **vars(self),
+            "total": vars(self.total) if self.total else None,
             "by_kind": {kind: vars(score) for kind, score in self.by_kind.items()},
-            "visual_tokens": self.visual_tokens,
-            "kept": self.kept,
-            "kv_visual_bytes": self.kv_visual_bytes,
+            "agreement": vars(self.agreement) if self.agreement else None,
         }
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A method with a schedule, to be evaluated in PyTorch.
+
+    Attributes:
+        name: for the table; method: its graphs; schedule: what they are walked with.
+        image_share: share of its visual tokens to which a picture is resized first; 1 leaves it.
+    """
+
+    name: str
+    method: Method
+    schedule: Schedule
+    image_share: float = 1.0
+
+
+class _Tally:
+    """Collects one engine's or candidate's answers."""
+
+    def __init__(self) -> None:
+        self.right: dict[str, list[bool]] = defaultdict(list)
+        self.same_first: list[bool] = []
+        self.cosines: list[float] = []
+        self.visual_tokens: list[int] = []
+        self.kept: list[int] = []
+        self.keep_shares: list[float] = []
+        self.flops: list[float] = []
+        self.kv_bytes: list[int] = []
+
+    def add(self, sample: LabelledSample, text: str, answer: Reply, unpruned: Reply | None) -> None:
+        if sample.answer:
+            self.right[sample.kind].append(_plain(text) == _plain(sample.answer))
+        if unpruned is not None:
+            self.same_first.append(answer.token_ids[0] == unpruned.token_ids[0])
+            self.cosines.append(cosine(answer.last_hidden, unpruned.last_hidden))
+
+    def result(self, name: str) -> Evaluation:
+        everything = [verdict for verdicts in self.right.values() for verdict in verdicts]
+        agreement = Agreement(float(np.mean(self.same_first)), float(np.mean(self.cosines))) if self.cosines else None
+        return Evaluation(
+            name=name,
+            average_keep=float(np.mean(self.keep_shares)),
+            prefill_flops=float(np.mean(self.flops)),
+            kv_visual_bytes=max(self.kv_bytes),
+            total=_score(everything) if everything else None,
+            by_kind={kind: _score(verdicts) for kind, verdicts in self.right.items()},
+            agreement=agreement,
+            visual_tokens=float(np.mean(self.visual_tokens)),
+            kept=float(np.mean(self.kept)),
+        )
+
+
 def evaluate_session(
-    session: Session, data: Sequence[LabelledSample], *, name: str, progress: Callable[[str, float], None] = lambda phase, share: None
+    session: Session,
+    data: Sequence[LabelledSample],
+    *,
+    name: str,
+    reference: Session | None = None,
+    progress: Progress = lambda phase, share: None,
 ) -> Evaluation:
-    """Ask every question, greedily."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    tokens = kept = 0
-    kv_visual = 0
-    limit = min(MAX_ANSWER_TOKENS, session.engine.limits.max_text_tokens)
+    """Ask an engine every question, greedily; ``reference`` is an unpruned engine of the same model, to state agreement with."""
+    tally, engine = _Tally(), session.engine
     for number, sample in enumerate(data):
         progress(f"evaluate {name}", number / len(data))
-        result = session.generate(sample.prompt, sample.images, max_new_tokens=limit)
-        right[sample.kind].append(_plain(result.text) == _plain(sample.answer))
-        tokens += result.visual_tokens
-        kept += result.stages[-1].kept if result.stages else result.visual_tokens
-        kv_visual = result.kv_bytes.visual
-    everything = [verdict for verdicts in right.values() for verdict in verdicts]
-    return Evaluation(
-        engine=name,
-        average_keep=session.engine.schedule.average_keep(session.engine.shape.decoder.layers),
-        total=_score(everything),
-        by_kind={kind: _score(verdicts) for kind, verdicts in right.items()},
-        visual_tokens=tokens / len(data),
-        kept=kept / len(data),
-        kv_visual_bytes=kv_visual,
-    )
+        prepared = session.prepare(sample.prompt, sample.images)
+        answer = _ask(session, prepared, MAX_ANSWER_TOKENS)
+        unpruned = _ask(reference, reference.prepare(sample.prompt, sample.images), 1) if reference is not None else None
+        tally.add(sample, session.encoder.decode([token for token in answer.token_ids if token not in engine.tokens.stop]), answer, unpruned)
+        grids = [(image.rows, image.columns) for image in prepared.survivors]
+        text_tokens = prepared.input_ids.size - prepared.visual_positions.size
+        stages = stage_counts(engine, prepared.budgets)
+        tally.visual_tokens.append(prepared.visual_tokens)
+        tally.kept.append(stages[-1].kept if stages else prepared.visual_tokens)
+        tally.keep_shares.append(engine.schedule.average_keep(engine.shape.decoder.layers))
+        full = prefill_flops(Schedule(), engine.shape, grids, text_tokens=text_tokens)
+        tally.flops.append(prefill_flops(engine.schedule, engine.shape, grids, text_tokens=text_tokens) / full)
+        tally.kv_bytes.append(kv_cache_bytes(engine, session.backend.cache_bytes).visual)
+    return tally.result(name)
 
 
-def read_samples(path: Path, *, labelled: bool = True) -> list[LabelledSample]:
-    """Read a JSONL file; image paths are relative to it. Where it need not be ``labelled``, a missing answer is empty.
-
-    Raises:
-        DataError: no lines, or a line that is not as it should be.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
-    found = [_sample(path, number, line, labelled) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise DataError(f"{path}: no samples")
-    return found
-
-
-def generated_samples(count: int, kinds: Sequence[str], side: int, *, seed: int = EVALUATION_SEED) -> Iterator[LabelledSample]:
-    """Held-out scenes of ``side`` × ``side`` pixels, kinds in turn."""
-    for sample in samples(seed=seed, count=count, kinds=kinds, width=side, height=side):
-        yield LabelledSample((sample.image,), sample.question.prompt, sample.question.answer, sample.question.kind)
+def evaluate_candidates(
+    reference: ReferenceModel, candidates: Sequence[Candidate], data: Sequence[LabelledSample], *, progress: Progress = lambda phase, share: None
+) -> list[Evaluation]:
+    """Ask every question of every candidate, sample by sample, so that the unpruned tower is computed once for all of them."""
+    first_blocks = {candidate.schedule.tower_stages[0].layer for candidate in candidates if candidate.schedule.tower_stages}
+    tower = SharedTower(reference, sorted(first_blocks))
+    graphs = [reference.graphs(candidate.schedule, candidate.method.vision, candidate.method.language) for candidate in candidates]
+    whole_vision, whole_language = reference.graphs(Schedule())
+    tallies = [_Tally() for _ in candidates]
+    for number, sample in enumerate(data):
+        progress("evaluate", number / len(data))
+        whole = reference.read(sample.images, sample.prompt)
+        walked = [tower.walk(picture) for picture in whole.pictures]
+        unpruned = reference.reply(whole_language, whole_vision, whole, [tower.embed(whole_vision, w) for w in walked], new_tokens=1)
+        for candidate, (vision, language), tally in zip(candidates, graphs, tallies, strict=True):
+            if candidate.image_share < 1:
+                seen = reference.read(sample.images, sample.prompt, image_share=candidate.image_share)
+                embedded = [embed_plainly(vision, picture) for picture in seen.pictures]
+            else:
+                seen, embedded = whole, [tower.embed(vision, w) for w in walked]
+            answer = reference.reply(language, vision, seen, embedded, new_tokens=MAX_ANSWER_TOKENS)
+            text = reference.encoder.decode([token for token in answer.token_ids if token not in reference.tokens.stop])
+            tally.add(sample, text, answer, unpruned)
+            _count(tally, candidate, reference.shape, whole, seen)
+    return [tally.result(candidate.name) for candidate, tally in zip(candidates, tallies, strict=True)]
 
 
 def wilson_interval(right: int, n: int) -> tuple[float, float]:
@@ -140,23 +202,30 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def _sample(path: Path, number: int, line: str, labelled: bool) -> LabelledSample:
-    where = f"{path}, line {number}"
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg})") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: must be a JSON object")
-    if not labelled:
-        values.setdefault("answer", "")
-    for key in ("prompt", "answer"):
-        if not isinstance(values.get(key), str):
-            raise DataError(f"{where}: {key!r} must be a string")
-    names = values.get("images", [values["image"]] if "image" in values else [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{where}: 'image' must be a path, 'images' a list of paths")
-    return LabelledSample(tuple(path.parent / name for name in names), values["prompt"], values["answer"], str(values.get("kind", "all")))
+def _count(tally: _Tally, candidate: Candidate, shape: ModelShape, whole: Question, seen: Question) -> None:
+    """Add what one question cost a candidate."""
+    schedule, tokens, layers = candidate.schedule, seen.visual_tokens, shape.decoder.layers
+    tally.visual_tokens.append(whole.visual_tokens)
+    tally.kept.append(keep_count(tokens, schedule.keep_at("decoder", layers - 1)))
+    tally.keep_shares.append(schedule.average_keep(layers) * (tokens / whole.visual_tokens if tokens else 1.0))
+    full = prefill_flops(Schedule(), shape, _grids(whole), text_tokens=whole.text_tokens)
+    spent = prefill_flops(schedule, shape, _grids(seen), text_tokens=seen.text_tokens, scoring=candidate.method.scores_attention)
+    tally.flops.append(spent / full)
+    tally.kv_bytes.append(kv_bytes(schedule, shape, tokens=tokens, bytes_per_value=KV_BYTES_PER_VALUE))
+
+
+def _grids(question: Question) -> list[tuple[int, int]]:
+    return [(picture.rows, picture.columns) for picture in question.pictures]
+
+
+def _ask(session: Session, prepared: Prepared, limit: int) -> Reply:
+    """Greedy answer of an engine, as long as there is room."""
+    step = session.prefill(prepared)
+    hidden = step.last_hidden.astype(np.float32)
+    token_ids = [int(step.logits.argmax())]
+    while token_ids[-1] not in session.engine.tokens.stop and len(token_ids) < limit and session.room:
+        token_ids.append(int(session.decode(token_ids[-1]).logits.argmax()))
+    return Reply(hidden, tuple(token_ids))
 
 
 def _score(verdicts: Sequence[bool]) -> Score:

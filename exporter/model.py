@@ -65,13 +65,12 @@ def _stored_parameters(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str
             yield source, parameter
 
 
-def pruned_graphs(model: Any, shape: ModelShape, schedule: Schedule) -> tuple[VisionGraph, LanguageGraph]:
-    """The two walked graphs over a model's modules."""
+def pruned_graphs(
+    model: Any, shape: ModelShape, schedule: Schedule, vision: type[VisionGraph] = VisionGraph, language: type[LanguageGraph] = LanguageGraph
+) -> tuple[VisionGraph, LanguageGraph]:
+    """The two walked graphs over a model's modules; ``vision`` and ``language`` may be those of another method."""
     tied = model.config.tie_word_embeddings
-    return (
-        VisionGraph(model.model.visual, shape, schedule),
-        LanguageGraph(model.model.language_model, None if tied else model.lm_head, shape, schedule),
-    )
+    return vision(model.model.visual, shape, schedule), language(model.model.language_model, None if tied else model.lm_head, shape, schedule)
 
 
 def _fill_rotary_tables(model: Any) -> None:

@@ -18,9 +18,10 @@ from .shape import ModelShape
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
+    from .tune import FrontPoint
     from .verify import Finding
 
-__all__ = ["build_table", "bytes_text", "evaluation_table", "run_lines", "schedule_lines", "verify_table"]
+__all__ = ["build_table", "bytes_text", "evaluation_tables", "front_table", "run_lines", "schedule_lines", "verify_table"]
 
 REPORT_TEXT_TOKENS = 64  # prompt length at which FLOPs are shown
 
@@ -90,20 +91,46 @@ def verify_table(engine: Engine, findings: Sequence[Finding], inputs: int, secon
     return table
 
 
-def evaluation_table(results: Sequence[Evaluation]) -> Table:
-    """A column an engine: accuracy with its interval, per kind, and what it cost."""
-    table = Table(title=f"{results[0].total.n} questions, share of right answers", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("")
+def evaluation_tables(results: Sequence[Evaluation]) -> Iterator[Table]:
+    """A row an engine or method: what it cost, right answers, agreement with the unpruned model; and right answers per kind."""
+    labelled, agreed = any(result.total for result in results), any(result.agreement for result in results)
+    count = max((result.total.n for result in results if result.total), default=0)
+    headings = ["keep", "FLOPs", "visual KV", "tokens", *(["right", "95 %"] if labelled else []), *(["first token", "cosine"] if agreed else [])]
+    table = _table(f"{count} questions, share of right answers" if labelled else "agreement with the unpruned model", headings)
     for result in results:
-        table.add_column(result.engine, justify="right", overflow="fold")
-    table.add_row("average keep", *(f"{result.average_keep:.3f}" for result in results))
-    table.add_row("all kinds", *(f"{result.total.accuracy:.3f}" for result in results))
-    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*result.total.interval) for result in results), end_section=True)
-    for kind in results[0].by_kind:
-        table.add_row(kind, *(f"{result.by_kind[kind].accuracy:.3f}" for result in results))
-    table.add_section()
-    table.add_row("visual tokens", *(f"{result.visual_tokens:.0f} → {result.kept:.0f}" for result in results))
-    table.add_row("KV cache, visual", *(bytes_text(result.kv_visual_bytes) for result in results))
+        row = [f"{result.average_keep:.3f}", f"{result.prefill_flops:.3f}", bytes_text(result.kv_visual_bytes)]
+        row.append(f"{result.visual_tokens:.0f} → {result.kept:.0f}")
+        if labelled:
+            row += [f"{result.total.accuracy:.3f}", "{:.3f}–{:.3f}".format(*result.total.interval)] if result.total else ["", ""]
+        if agreed:
+            row += [f"{result.agreement.first_token:.3f}", f"{result.agreement.cosine:.4f}"] if result.agreement else ["", ""]
+        table.add_row(escape(result.name), *row)
+    yield table
+    kinds = list(dict.fromkeys(kind for result in results for kind in result.by_kind))
+    if len(kinds) > 1:
+        table = _table("by kind", ["keep", *kinds])
+        for result in results:
+            shares = (f"{result.by_kind[kind].accuracy:.2f}" if kind in result.by_kind else "" for kind in kinds)
+            table.add_row(escape(result.name), f"{result.average_keep:.3f}", *shares)
+        yield table
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    """A table of numbers whose first column names them."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(escape(heading), justify="right", overflow="fold")
+    return table
+
+
+def front_table(front: Sequence[FrontPoint], resource: str) -> Table:
+    """A row a schedule, cheapest first."""
+    table = Table(title=f"front of quality against {resource}", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("schedule", "average keep" if resource == "kv" else "prefill FLOPs", "cosine"):
+        table.add_column(heading, justify="left" if heading == "schedule" else "right")
+    for number, point in enumerate(front):
+        table.add_row(f"schedule-{number:02d}.json", f"{point.cost:.4f}", f"{point.value:.4f}")
     return table
 
 

@@ -219,12 +219,12 @@ class Schedule:
 
     @property
     def needs_importance(self) -> bool:
-        """Whether tokens are ranked for the decoder at all."""
-        return self.first_stage is not None or bool(self.later_stages)
+        """Whether tokens are ranked for the decoder by the map; where the last token's attention alone ranks, they are not."""
+        return self.first_stage is not None or (bool(self.later_stages) and self.guidance_weight < 1)
 
     def keep_at(self, part: Part, layer: int) -> int:
         """Cumulative keep (of 1024) of the tokens that enter a block or layer."""
-        place = _order(Stage(part, layer, KEEP_UNIT))
+        place = _place(part, layer)
         return min((s.keep for s in self.stages if _order(s) <= place), default=KEEP_UNIT)
 
     def decoder_segments(self, layers: int) -> tuple[tuple[int, int, int], ...]:
@@ -302,7 +302,12 @@ def _build(kind: type[Any], values: Any, where: str) -> Any:
 
 
 def _order(stage: Stage) -> tuple[int, int]:
-    return (0 if stage.part == "tower" else 1, stage.layer)
+    return _place(stage.part, stage.layer)
+
+
+def _place(part: Part, layer: int) -> tuple[int, int]:
+    """Sorts along the network."""
+    return (0 if part == "tower" else 1, layer)
 
 
 def _is_int(value: Any) -> bool:

@@ -24,7 +24,7 @@ from ..engines.preprocess import load_image, preprocess_image
 from ..engines.session import Session
 from .build import PRECISIONS, BuildOptions, build_engine
 from .checkpoint import Checkpoint, CheckpointError
-from .model import load_model
+from .model import load_model, pruned_graphs
 from .reference import TorchBackend
 from .schedule import unpruned_schedule
 from .tiny.scenes import KINDS, samples
@@ -95,7 +95,7 @@ def verify_engine(
     session = Session(engine)
     if engine.precision == "fp32" and checkpoint.size <= FLOAT64_LIMIT:
         model = model.double()
-    reference = Session(engine, backend=TorchBackend(model, engine.shape, engine.schedule, engine.segments))
+    reference = Session(engine, backend=TorchBackend(*pruned_graphs(model, engine.shape, engine.schedule), engine.segments))
     findings += _against_reference(session, reference, inputs, progress)
     findings += _decoding(session, inputs, progress)
     return findings

@@ -1,7 +1,8 @@
 """Qwen2-VL (arXiv 2409.12191): the Hugging Face modules, walked with pruning between them.
 
 ``VisionGraph`` and ``LanguageGraph`` are both the PyTorch reference of the pruned model and what is traced for export. They call the
-checkpoint's own modules (norms, projections, MLPs) and put attention, caches and stages between them. Symbols: N visual tokens of an
+checkpoint's own modules (norms, projections, MLPs) and put attention, caches and stages between them. Methods that choose tokens in
+another way (``exporter/methods``) override ``rank_pixels``, ``score``, ``compact`` and ``rank``. Symbols: N visual tokens of an
 image, G = merge_size² patches a token, P = N · G patches, C the tower's width, H the language model's.
 """
 
@@ -67,6 +68,7 @@ class TowerState:
         hidden: T [alive · G, C]; cos, sin: T [alive · G, head_dim/2]; entropy: float32 [alive · G] or None.
         importance: float32 [alive], of the last scoring; index: int64 [alive], original indices.
         budget: tokens from which stages count.
+        query, key: T [heads, alive · G, head_dim] of the block that was scored last; None before and after a stage.
     """
 
     hidden: Tensor
@@ -78,6 +80,8 @@ class TowerState:
     rows: int
     columns: int
     budget: int
+    query: Tensor | None = None
+    key: Tensor | None = None
 
 
 class VisionGraph(nn.Module):
@@ -125,7 +129,7 @@ class VisionGraph(nn.Module):
         hidden = F.linear(patches, self.visual.patch_embed.proj.weight.reshape(self.shape.embed_dim, self.shape.patch_dim))
         cos, sin = self._rotary(rows, columns, hidden)
         if 0 in self.stages:
-            importance = pixel_importance(patches, entropy, group)
+            importance = self.rank_pixels(pixel_values, entropy)
         else:
             importance = torch.zeros(rows * columns, dtype=torch.float32, device=hidden.device)
         index = torch.arange(rows * columns, device=hidden.device)
@@ -137,12 +141,14 @@ class VisionGraph(nn.Module):
             block = self.visual.blocks[number]
             stage = self.stages.get(number)
             if stage is not None:
-                hidden, importance, kept = self._prune(stage, state.hidden, state)
+                hidden, importance, kept = self.compact(stage, state.hidden, state)
                 state = _survivors(state, hidden, importance, kept, self.shape.group)
             mixed, query, key = self._attention(block, state.hidden, state.cos, state.sin)
-            importance = self.score(query, key, state.entropy) if number in self.scoring_blocks else state.importance
             hidden = state.hidden + mixed
-            state = replace(state, hidden=hidden + block.mlp(block.norm2(hidden)), importance=importance)
+            state = replace(state, hidden=hidden + block.mlp(block.norm2(hidden)))
+            if number in self.scoring_blocks:
+                state = replace(state, query=query, key=key)
+                state = replace(state, importance=self.score(query, key, state))
         return state
 
     def attend(self, number: int, state: TowerState) -> tuple[Tensor, Tensor]:
@@ -157,7 +163,7 @@ class VisionGraph(nn.Module):
         visual_embeds = merger.mlp(merger.ln_q(state.hidden).reshape(state.index.shape[0], group_width))  # [alive, H]
         if self.schedule.first_stage is None:
             return visual_embeds, state.importance, state.index
-        visual_embeds, importance, kept = self._prune(self.schedule.first_stage, visual_embeds, state, final=True)
+        visual_embeds, importance, kept = self.compact(self.schedule.first_stage, visual_embeds, state, final=True)
         return visual_embeds, importance, state.index[kept]
 
     def _attention(self, block: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +176,11 @@ class VisionGraph(nn.Module):
         mixed = attention(query, key, qkv[2], scale=head_dim**-0.5)
         return block.attn.proj(mixed.transpose(1, 2).reshape(patches, self.shape.embed_dim)), query[0], key[0]
 
-    def score(self, query: Tensor, key: Tensor, entropy: Tensor | None) -> Tensor:
+    def rank_pixels(self, pixel_values: Tensor, entropy: Tensor | None) -> Tensor:
+        """Importance before block 0: float32 [N] from pixels T [rows, columns, G, patch_dim] and entropy float32 [P]."""
+        return pixel_importance(pixel_values, entropy)
+
+    def score(self, query: Tensor, key: Tensor, state: TowerState) -> Tensor:
         """Importance of the tokens alive: float32 [alive] from queries and keys [heads, alive · G, head_dim] of their patches."""
         settings = self.schedule.importance
         relevance = context_relevance(
@@ -181,14 +191,15 @@ class VisionGraph(nn.Module):
             score_rows=settings.score_rows,
             global_rows=settings.global_rows,
         )
-        if entropy is not None:
-            relevance = add_entropy(relevance, entropy, entropy_weight=settings.entropy_weight)
+        if state.entropy is not None:
+            relevance = add_entropy(relevance, state.entropy, entropy_weight=settings.entropy_weight)
         return relevance.reshape(-1, self.shape.group).mean(1)
 
-    def _prune(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """One stage over the tokens alive: their features, importance, and places among those that were alive.
 
-        ``features`` is [alive · G, C] in the tower and [alive, H] after the merger (``final``).
+        ``features`` is [alive · G, C] in the tower and [alive, H] after the merger (``final``). Exactly ⌈N·keep/1024⌉ tokens survive, in their
+        order.
         """
         count, importance = keep_count(state.budget, stage.keep), state.importance
         width = features.shape[1]
@@ -219,12 +230,13 @@ class VisionGraph(nn.Module):
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
-def pixel_importance(patches: Tensor, entropy: Tensor | None, group: int) -> Tensor:
+def pixel_importance(pixel_values: Tensor, entropy: Tensor | None) -> Tensor:
     """Importance before any attention: spread of a token's normalised pixels plus its mean entropy as a share of 8 bits.
 
-    patches [P, patch_dim], entropy float32 [P] → float32 [N]. A blank area has neither.
+    pixel_values [rows, columns, G, patch_dim], entropy float32 [P] → float32 [N]. A blank area has neither.
     """
-    pixels = patches.float().reshape(-1, group * patches.shape[1])
+    rows, columns, group, patch_dim = pixel_values.shape
+    pixels = pixel_values.float().reshape(rows * columns, group * patch_dim)
     spread = (pixels.square().mean(1) - pixels.mean(1).square()).clamp(min=0).sqrt()
     if entropy is None:
         raise ValueError("a stage before tower block 0 needs the patches' entropy")
@@ -250,6 +262,8 @@ def _survivors(state: TowerState, hidden: Tensor, importance: Tensor, kept: Tens
         cos=_take_groups(state.cos, kept, group),
         sin=_take_groups(state.sin, kept, group),
         entropy=_take_groups(state.entropy, kept, group) if state.entropy is not None else None,
+        query=None,
+        key=None,
     )
 
 
@@ -306,7 +320,7 @@ class LanguageGraph(nn.Module):
             stage = self.stages.get(number)
             if stage is not None and ranking is not None and budget_tokens is not None and query_key is not None:
                 survivors = keep_count(budget_tokens.shape[0], stage.keep)
-                score = self._guided(ranking, *query_key)
+                score = self.rank(number, hidden, ranking, *query_key)
                 index = keep_top(score, hidden.shape[1] - (alive - survivors))
                 hidden, cos, sin, ranking = gather_tokens(hidden, cos, sin, ranking, index)
                 alive, segment = survivors, segment + 1
@@ -339,8 +353,12 @@ class LanguageGraph(nn.Module):
         text = torch.full((1, length, 1), TEXT_KEY, dtype=torch.float32, device=importance.device)
         return _put_rows(text, visual_positions, importance[:, None]).reshape(length)
 
-    def _guided(self, ranking: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """(1 − β) s + β g, with the attention of the last token in the layer just computed (FastV's choice of layer)."""
+    def rank(self, layer: int, hidden: Tensor, ranking: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """What the stage before ``layer`` ranks by: float32 [S], +inf at text; (1 − β) s + β g, g the attention of the last token.
+
+        Args:
+            hidden: T [1, S, H]; ranking: float32 [S], the importance carried (s); query, key: [1, heads, S, head_dim] of the layer just computed.
+        """
         weight = self.schedule.guidance_weight
         if weight == 0:
             return ranking

@@ -77,20 +77,21 @@ def test_tower_stages_gain_what_the_method_says() -> None:
 def test_scoring_is_counted_as_the_function_bodies_compute_it() -> None:
     patches, heads, wide = 24, 2, 4 + 8  # head_dim + the eight dimensions that the lowering adds
 
-    def attention(rows: int, width: int) -> int:
-        return heads * 2 * matmul(rows, width, patches)  # scores, then the mix
+    def attention(rows: int, columns: int, width: int) -> int:
+        return heads * 2 * matmul(rows, width, columns)  # scores, then the mix
 
-    every_row = 2 * attention(patches, wide) + attention(patches, 4)  # log-sum-exp with its guess, received attention
-    for threshold, extra in ((0.0, 0), (0.5, attention(patches, wide)), (3.0, attention(9, wide))):  # fewer than 24 / 3 exceed 3; 9 in 1/1024
-        schedule = Schedule((Stage("decoder", 0, 100),), Importance(global_threshold=threshold))
+    # Log-sum-exp with its guess and one more key, received attention with roles swapped and one more row.
+    every_row = attention(patches, patches, 4) + attention(patches, patches + 1, wide) + attention(patches, patches + 1, wide)
+    for threshold, extra in ((0.0, 0), (0.5, attention(patches, patches + 1, wide)), (3.0, attention(patches, 9 + 1, wide))):
+        schedule = Schedule((Stage("decoder", 0, 100),), Importance(global_threshold=threshold))  # fewer than 24 / 3 exceed 3; 9 in 1/1024
         assert cost(schedule, SMALL, rows=2, columns=3, text_tokens=0).scoring_flops == every_row + extra
 
 
-def test_merging_is_counted_by_the_cells_of_the_grid() -> None:
+def test_merging_is_counted_as_a_product() -> None:
     plain, merging = (Schedule((Stage("decoder", 0, 100, recycle),)) for recycle in (None, 2.0))
     without, with_merging = (cost(schedule, SMALL, rows=2, columns=9, text_tokens=0).scoring_flops for schedule in (plain, merging))
-    kept, tokens, cells = 2, 18, 1 * 5
-    assert with_merging - without == matmul(kept, tokens, 8) + 2 * cells * tokens
+    kept, tokens = 2, 18
+    assert with_merging - without == matmul(kept, tokens, 8)
 
 
 def test_a_block_that_ranks_for_two_stages_is_scored_once() -> None:

@@ -1,21 +1,27 @@
-"""Evaluation data and scores."""
+"""Scores."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from schedules import SCHEDULES
 from support import DECODER_STAGES, picture
 from vflow.engines import Session
 from vflow.engines.manifest import Engine
-from vflow.exporter.evaluate import DataError, LabelledSample, evaluate_session, generated_samples, read_samples, wilson_interval
+from vflow.exporter.candidates import UNPRUNED, method_candidates
+from vflow.exporter.checkpoint import open_checkpoint
+from vflow.exporter.data import LabelledSample
+from vflow.exporter.evaluate import Candidate, evaluate_candidates, evaluate_session, wilson_interval
+from vflow.exporter.plots import evaluation_plot
+from vflow.exporter.reference import ReferenceModel
+from vflow.exporter.schedule import Schedule, ScheduleError
 
 
 @given(st.integers(1, 500), st.data())
@@ -30,63 +36,94 @@ def test_interval_of_a_known_case() -> None:
     assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe (1998), method 3
 
 
-def write_lines(path: Path, lines: list[Any]) -> Path:
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return path
+@pytest.fixture(scope="module")
+def question(tmp_path_factory: pytest.TempPathFactory) -> LabelledSample:
+    path = tmp_path_factory.mktemp("image") / "a.png"
+    Image.fromarray(picture(3, 4)).save(path)
+    return LabelledSample((path,), "what is there ?", "no such answer", "wrong")
 
 
-def test_jsonl_is_read_with_paths_relative_to_it(tmp_path: Path) -> None:
-    lines = [{"image": "a.png", "prompt": "p", "answer": "x", "kind": "k"}, {"images": ["a.png", "b.png"], "prompt": "q", "answer": "y"}]
-    first, second = read_samples(write_lines(tmp_path / "data.jsonl", lines))
-    assert first == LabelledSample((tmp_path / "a.png",), "p", "x", "k")
-    assert second.images == (tmp_path / "a.png", tmp_path / "b.png")
-    assert second.kind == "all"
+@pytest.fixture(scope="module")
+def reference(random_checkpoint: Path) -> ReferenceModel:
+    return ReferenceModel(open_checkpoint(str(random_checkpoint)))
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 1: not JSON"),
-        ("[]", "JSON object"),
-        ({"prompt": "p"}, "'answer'"),
-        ({"answer": "a"}, "'prompt'"),
-        ({"prompt": "p", "answer": "a", "image": 3}, "'image'"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read_samples(write_lines(tmp_path / "data.jsonl", [line]))
-
-
-def test_an_empty_or_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no samples"):
-        read_samples(write_lines(tmp_path / "data.jsonl", [""]))
-    with pytest.raises(DataError, match="nothing"):
-        read_samples(tmp_path / "nothing.jsonl")
-
-
-def test_unlabelled_data_needs_no_answer(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "data.jsonl", [{"image": "a.png", "prompt": "p"}])
-    assert read_samples(path, labelled=False)[0].answer == ""
-
-
-def test_generated_samples_take_kinds_in_turn() -> None:
-    found = list(generated_samples(4, ["count", "exists"], 112))
-    assert [sample.kind for sample in found] == ["count", "exists", "count", "exists"]
-    assert all(np.asarray(sample.images[0]).shape == (112, 112, 3) for sample in found)
-
-
-def test_scores_count_what_the_engine_answers(build: Callable[..., Engine], random_checkpoint: Path, tmp_path: Path) -> None:
+def test_scores_count_what_the_engine_answers(build: Callable[..., Engine], random_checkpoint: Path, question: LabelledSample) -> None:
     session = Session(build(random_checkpoint, DECODER_STAGES))
-    Image.fromarray(picture(3, 4)).save(tmp_path / "a.png")
-    prompt = "what is there ?"
-    answer = session.generate(prompt, [tmp_path / "a.png"], max_new_tokens=64).text
-    data = [
-        LabelledSample((tmp_path / "a.png",), prompt, text, kind) for text, kind in ((answer.upper() + " .", "right"), ("no such answer", "wrong"))
-    ]
-    result = evaluate_session(session, data, name="e")
+    answer = session.generate(question.prompt, question.images, max_new_tokens=64).text
+    result = evaluate_session(session, [replace(question, answer=answer.upper() + " .", kind="right"), question], name="e")
     assert result.by_kind["right"].accuracy == 1
     assert result.by_kind["wrong"].accuracy == 0
-    assert (result.total.accuracy, result.total.n) == (0.5, 2)
-    assert result.visual_tokens == 12
-    assert set(result.to_dict()) >= {"accuracy", "interval", "n", "by_kind"}
+    assert result.total is not None and (result.total.accuracy, result.total.n) == (0.5, 2)
+    assert (result.visual_tokens, result.kept) == (12, 3)
+    assert result.agreement is None
+    assert 0 < result.prefill_flops < 1.5
+    values = json.loads(json.dumps(result.to_dict()))
+    assert set(values["total"]) == {"accuracy", "interval", "n"}
+
+
+def test_data_without_answers_gives_agreement_alone(build: Callable[..., Engine], random_checkpoint: Path, question: LabelledSample) -> None:
+    unpruned = Session(build(random_checkpoint, Schedule()))
+    unlabelled = [replace(question, answer="")]
+    same = evaluate_session(Session(unpruned.engine), unlabelled, name="same", reference=unpruned)
+    assert same.total is None and not same.by_kind
+    assert same.agreement is not None and (same.agreement.first_token, same.agreement.cosine) == (1.0, pytest.approx(1.0, abs=1e-6))
+    pruned = evaluate_session(Session(build(random_checkpoint, DECODER_STAGES)), unlabelled, name="pruned", reference=unpruned)
+    assert pruned.agreement is not None and pruned.agreement.cosine < 0.999
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_a_candidate_is_scored_as_the_engine_of_its_schedule(
+    build: Callable[..., Engine], reference: ReferenceModel, random_checkpoint: Path, question: LabelledSample, name: str
+) -> None:
+    engine = Session(build(random_checkpoint, SCHEDULES[name]))
+    two_pictures = LabelledSample((question.images[0], picture(2, 5)), "list the objects .", "x", "two")
+    questions = [question, two_pictures, LabelledSample((), "what ?", "x", "none")]
+    (candidate,) = evaluate_candidates(reference, [Candidate(name, UNPRUNED, SCHEDULES[name])], questions)
+    built = evaluate_session(engine, questions, name=name, reference=Session(build(random_checkpoint, Schedule())))
+    assert candidate.agreement is not None and built.agreement is not None
+    assert candidate.agreement.cosine == pytest.approx(built.agreement.cosine, abs=1e-4)
+    assert candidate.agreement.first_token == built.agreement.first_token
+    assert candidate.prefill_flops == pytest.approx(built.prefill_flops, rel=1e-9)
+    assert candidate.average_keep == pytest.approx(built.average_keep)
+
+
+def test_a_candidate_answers_as_its_engine_does(
+    build: Callable[..., Engine], reference: ReferenceModel, random_checkpoint: Path, question: LabelledSample
+) -> None:
+    answer = Session(build(random_checkpoint, DECODER_STAGES)).generate(question.prompt, question.images, max_new_tokens=64).text
+    (result,) = evaluate_candidates(reference, [Candidate("d", UNPRUNED, DECODER_STAGES)], [replace(question, answer=answer)])
+    assert result.total is not None and result.total.accuracy == 1
+
+
+def test_downsampling_is_counted_at_the_size_that_is_sent(reference: ReferenceModel) -> None:
+    candidates, refused = method_candidates(["downsample"], [0.25], reference.shape, "abc")
+    unpruned, small = evaluate_candidates(reference, candidates, [LabelledSample((picture(8, 8),), "what is there ?", "x", "k")])
+    assert (unpruned.average_keep, unpruned.prefill_flops, unpruned.kept) == (1.0, pytest.approx(1.0), 64)
+    assert small.average_keep == pytest.approx(0.25)
+    assert (small.visual_tokens, small.kept) == (64, 16)
+    assert small.prefill_flops < 0.3
+    assert small.kv_visual_bytes * 4 == unpruned.kv_visual_bytes
+    assert not refused
+
+
+def test_methods_are_named_or_refused(reference: ReferenceModel) -> None:
+    candidates, refused = method_candidates(["all"], [0.5, 0.05], reference.shape, "abc")
+    names = [candidate.name for candidate in candidates]
+    assert names[0] == "unpruned"
+    assert {"random", "downsample", "progressive", "fastv"} <= set(names)
+    assert names.count("random") == 2
+    assert any("fastv at keep 0.05" in reason for reason in refused)
+    assert any("tuned at keep 0.5" in reason and "run vflow-export tune" in reason for reason in refused)
+    with pytest.raises(ScheduleError, match="unknown method 'magic'; one of tuned, "):
+        method_candidates(["magic"], [0.1], reference.shape, "abc")
+
+
+def test_a_plot_has_a_line_a_method(reference: ReferenceModel, question: LabelledSample, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    candidates, _ = method_candidates(["random", "grid"], [0.5, 0.25], reference.shape, "abc")
+    results = evaluate_candidates(reference, candidates, [question])
+    evaluation_plot(results, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").size[0] > 500
+    with pytest.raises(ScheduleError, match=r"end its name in \.png"):
+        evaluation_plot(results, tmp_path / "plot.nothing")

@@ -59,7 +59,7 @@ def pair(request: pytest.FixtureRequest, build: Callable[..., Engine]) -> tuple[
     folder = request.getfixturevalue(kind)
     engine = build(folder, SCHEDULES[name], precision)
     model = load_model(open_checkpoint(str(folder)), {"fp32": torch.float32, "fp16": torch.float16}[precision])
-    reference = TorchBackend(model, engine.shape, engine.schedule, engine.segments)
+    reference = TorchBackend(*pruned_graphs(model, engine.shape, engine.schedule), engine.segments)
     return Session(engine, threads=1), Session(engine, backend=reference)
 
 

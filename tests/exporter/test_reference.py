@@ -129,9 +129,9 @@ def test_text_survives_every_stage(model: Any) -> None:
 
 
 def test_a_blank_area_has_no_pixel_importance() -> None:
-    patches = torch.cat([torch.full((4, 12), 0.3), torch.randn(4, 12, generator=torch.Generator().manual_seed(0))])
-    blank, grained = pixel_importance(patches, torch.tensor([0.0] * 4 + [5.0] * 4), 4).tolist()
+    patches = torch.cat([torch.full((4, 12), 0.3), torch.randn(4, 12, generator=torch.Generator().manual_seed(0))]).reshape(1, 2, 4, 12)
+    blank, grained = pixel_importance(patches, torch.tensor([0.0] * 4 + [5.0] * 4)).tolist()
     assert blank == pytest.approx(0.0, abs=1e-3)
     assert grained > 1.0
     with pytest.raises(ValueError, match="needs the patches' entropy"):
-        pixel_importance(patches, None, 4)
+        pixel_importance(patches, None)

@@ -1,0 +1,75 @@
+"""Plots of quality against cost, with matplotlib (the extra ``plot``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .schedule import ScheduleError
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+
+__all__ = ["PlotLine", "evaluation_plot", "plot_lines"]
+
+PlotLine = Sequence[tuple[float, float]]  # (cost, quality), in the order in which they are joined
+MARKERS = "osD^vP*X<>ph"
+
+
+def plot_lines(lines: Mapping[str, PlotLine], path: Path, *, cost: str, quality: str, title: str, emphasised: Sequence[str] = ()) -> None:
+    """Draw one line a method, cost on a logarithmic axis; the format follows the file's ending (.png, .svg, .pdf).
+
+    Raises:
+        ScheduleError: matplotlib is missing, or the ending is none that it writes.
+    """
+    pyplot = _import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    for number, (name, points) in enumerate(lines.items()):
+        strong = name in emphasised or not emphasised
+        axes.plot(
+            [point[0] for point in points],
+            [point[1] for point in points],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=6 if strong else 4,
+            linewidth=2.2 if strong else 1,
+            alpha=1 if strong else 0.65,
+            label=name,
+        )
+    axes.set(xlabel=cost, ylabel=quality, title=title, xscale="log")
+    ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 1.0]
+    low = min((point[0] for points in lines.values() for point in points), default=0.05)
+    axes.set_xticks([tick for tick in ticks if tick >= low / 1.5], [f"{tick:g}" for tick in ticks if tick >= low / 1.5])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:
+        raise ScheduleError(f"{path}: {error}; end its name in .png, .svg or .pdf") from None
+    finally:
+        pyplot.close(figure)
+
+
+def evaluation_plot(results: Sequence[Evaluation], path: Path) -> None:
+    """Right answers, or where there are no labels the cosine, against prefill FLOPs: a line a method over its keeps."""
+    labelled = all(result.total for result in results)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for result in sorted(results, key=lambda result: result.prefill_flops):
+        quality = result.total.accuracy if labelled and result.total else result.agreement.cosine if result.agreement else None
+        if quality is None:
+            raise ScheduleError("nothing to plot: the data has no answers and no --reference was given")
+        lines.setdefault(result.name, []).append((result.prefill_flops, quality))
+    quality_name = "share of right answers" if labelled else "cosine of the last hidden state with the unpruned model's"
+    plot_lines(lines, path, cost="prefill FLOPs, share of the unpruned", quality=quality_name, title="Quality against cost")
+
+
+def _import_pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ScheduleError("plots need matplotlib: pip install 'vflow-export[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

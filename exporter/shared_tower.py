@@ -1,0 +1,114 @@
+"""The unpruned tower, computed once a picture and shared by every schedule: what does not change between trials or methods.
+
+Kept are the hidden states before each block at which someone may start to differ, and the attention statistics of the block before, from which the
+importance for any parameters follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..plugins.importance import add_entropy, context_relevance, global_tokens, masked_column_mean, received_attention
+from .models.qwen2_vl import TowerState, VisionGraph
+from .reference import Embedded, Picture, ReferenceModel
+from .schedule import KEEP_UNIT, Importance, Schedule
+
+__all__ = ["SharedTower", "WalkedTower"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Attention statistics of one block over all patches: what any importance parameters need."""
+
+    query: Tensor  # T [heads, P, head_dim]
+    key: Tensor
+    row_lse: Tensor  # float32 [heads, P]
+    received: Tensor  # float32 [P]
+
+
+@dataclass(frozen=True)
+class WalkedTower:
+    """One picture's unpruned tower: its state before each entry block, and the statistics of the block before."""
+
+    picture: Picture
+    states: Mapping[int, TowerState]
+    scorings: Mapping[int, Scoring]
+
+
+class SharedTower:
+    """Embeds pictures under any schedule, from the first block on that is not as without pruning.
+
+    Args:
+        blocks: tower blocks before which a first tower stage may stand; kept besides: the start, and the end for schedules without tower stages.
+    """
+
+    def __init__(self, reference: ReferenceModel, blocks: Sequence[int] = ()) -> None:
+        self._shape = reference.shape
+        self._plain, _ = reference.graphs(Schedule())
+        self._entries = sorted({*blocks, self._shape.tower.blocks} - {0})
+
+    @torch.inference_mode()
+    def walk(self, picture: Picture) -> WalkedTower:
+        """Compute what is shared."""
+        state = self._plain.begin(picture.pixel_values, picture.entropy, picture.tokens)
+        states, scorings, position = {0: state}, {}, 0
+        for block in self._entries:
+            state = self._plain.run_blocks(state, position, block - 1)
+            states[block - 1] = state
+            query, key = self._plain.attend(block - 1, state)
+            scorings[block] = Scoring(query, key, *received_attention(query, key, scale=self._shape.tower.head_dim**-0.5))
+            state = self._plain.run_blocks(state, block - 1, block)
+            states[block], position = state, block
+        return WalkedTower(picture, states, scorings)
+
+    @torch.inference_mode()
+    def embed(self, graph: VisionGraph, walked: WalkedTower) -> Embedded:
+        """visual_embeds, importance and index of a picture under ``graph``'s schedule."""
+        if 0 in graph.stages or type(graph).begin is not VisionGraph.begin:
+            return embed_plainly(graph, walked.picture)
+        blocks, schedule = self._shape.tower.blocks, graph.schedule
+        first = schedule.tower_stages[0].layer if schedule.tower_stages else blocks
+        ranked = min(graph.scoring_blocks, default=blocks)  # the first block that is scored
+        if type(graph).score is VisionGraph.score and first in walked.scorings and ranked in (first - 1, blocks):
+            state = walked.states[first]
+            if graph.scoring_blocks:
+                scoring = walked.scorings[first]
+                importance = self._importance(walked, first, schedule.importance)
+                state = replace(state, importance=importance, query=scoring.query, key=scoring.key)
+        else:
+            first = max(block for block in walked.states if block <= min(first, ranked))
+            state = walked.states[first]
+        embedded: Embedded = graph.finish(graph.run_blocks(state, first, blocks))
+        return embedded
+
+    def _importance(self, walked: WalkedTower, block: int, settings: Importance) -> Tensor:
+        """Importance before ``block`` for any parameters: float32 [N]; of the map, only the global tokens' rows are computed."""
+        scoring, scale = walked.scorings[block], self._shape.tower.head_dim**-0.5
+        if settings.score_rows < KEEP_UNIT:  # a sample of rows is scored anew, which costs as little as it does in the graph
+            relevance = context_relevance(
+                scoring.query,
+                scoring.key,
+                scale=scale,
+                global_threshold=settings.global_threshold,
+                score_rows=settings.score_rows,
+                global_rows=settings.global_rows,
+            )
+        elif settings.global_threshold == 0:
+            relevance = scoring.received / scoring.received.shape[0]
+        else:
+            rows = global_tokens(scoring.received, settings.global_threshold).nonzero()[:, 0]
+            everyone = torch.ones(rows.shape[0], dtype=torch.bool)
+            relevance = masked_column_mean(scoring.query[:, rows], scoring.key, scoring.row_lse[:, rows], everyone, scale=scale)
+        mapped = add_entropy(relevance, walked.picture.entropy.reshape(-1), entropy_weight=settings.entropy_weight)
+        return mapped.reshape(-1, self._shape.tower.group).mean(1)
+
+
+@torch.inference_mode()
+def embed_plainly(graph: VisionGraph, picture: Picture) -> Embedded:
+    """The same with nothing shared."""
+    embedded: Embedded = graph(picture.pixel_values, picture.entropy, torch.zeros(picture.tokens, dtype=torch.int32))
+    return embedded
