@@ -1,19 +1,30 @@
-"""Schedules by name, for a budget: where to start when nothing has been tuned for a model.
+"""Schedules by name, for a budget: those tuned for a model and shipped, and where to start when there is none.
 
+tuned         found by ``tune`` for this very model and average keep (``tuned/*.json``)
+tuned-tower   the same with stages inside the tower, for a share of the prefill FLOPs as well
 progressive   three decoder stages, received attention, no merging (untuned default)
 tower         the same, and stages inside the tower
 paper         VFlowOpt as published (arXiv 2508.05211), everything beyond it off
+
+Besides, the methods of ``methods/`` whose schedule is all there is to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from .budget import spend_keep
-from .schedule import KEEP_UNIT, Importance, Schedule, ScheduleError, Stage
+from .schedule import KEEP_UNIT, Importance, Schedule, ScheduleError, Stage, load_schedule
 from .shape import ModelShape
 
-__all__ = ["DEFAULT_MAX_TEXT_TOKENS", "DEFAULT_MAX_VISUAL_TOKENS", "DEFAULT_PRESET", "PRESETS", "preset_schedule"]
+__all__ = ["DEFAULT_MAX_TEXT_TOKENS", "DEFAULT_MAX_VISUAL_TOKENS", "DEFAULT_PRESET", "PRESETS", "PRESET_NAMES", "preset_schedule", "tuned_keeps",
+           "tuned_schedule"]  # fmt: skip
+
+TUNED_FOLDER = Path(__file__).parent / "tuned"
+TUNED = ("tuned", "tuned-tower")
+METHOD_PRESETS = ("attention", "fastv", "pyramiddrop")  # exportable methods, by the name that they have there
 
 DEFAULT_MAX_VISUAL_TOKENS = 1280  # of a request; what Qwen2-VL's documentation suggests for max_pixels, in visual tokens
 DEFAULT_MAX_TEXT_TOKENS = 1024
@@ -31,19 +42,56 @@ TOWER_SCORE_ROWS = 256  # a quarter of the rows ranks as well as all on the smal
 FIRST_TOWER_BLOCK = 2  # never earlier: block 0's attention ranks no better than chance (docs/algorithm.md, section 4)
 
 
-def preset_schedule(name: str, shape: ModelShape, keep: float) -> Schedule:
-    """A named schedule whose average keep over decoder layers is at most ``keep``.
+def preset_schedule(name: str, shape: ModelShape, keep: float, *, fingerprint: str | None = None) -> Schedule:
+    """A named schedule whose average keep over decoder layers is at most ``keep``; its provenance says whether it was tuned.
+
+    Args:
+        fingerprint: of the model, for tuned ones.
 
     Raises:
-        ScheduleError: an unknown name, ``keep`` outside (0, 1], or a budget that whole tokens of 1024 cannot meet.
+        ScheduleError: an unknown name, ``keep`` outside (0, 1], a budget that whole tokens of 1024 cannot meet, or nothing tuned for it.
     """
-    if name not in PRESETS:
-        raise ScheduleError(f"unknown preset {name!r}; one of {', '.join(PRESETS)}")
+    if name not in PRESET_NAMES:
+        raise ScheduleError(f"unknown preset {name!r}; one of {', '.join(PRESET_NAMES)}")
     if not 0 < keep <= 1:
         raise ScheduleError(f"keep must be above 0 and at most 1, got {keep:g}")
     if keep * KEEP_UNIT < 1:
         raise ScheduleError(f"keep {keep:g} is below 1/{KEEP_UNIT}, the smallest that a schedule can express")
-    return PRESETS[name](shape, keep)
+    if name in TUNED:
+        schedule = tuned_schedule(fingerprint, keep, tower=name == "tuned-tower")
+        if schedule is None:
+            keeps = ", ".join(f"{known:g}" for known in tuned_keeps(fingerprint))
+            known_keeps = f"tuned are keeps {keeps}" if keeps else "for this model nothing is"
+            raise ScheduleError(f"no preset {name!r} at keep {keep:g} ({known_keeps}); run vflow-export tune, and give its file as --schedule")
+        return schedule
+    if name in METHOD_PRESETS:
+        from .methods import METHODS
+
+        schedule = METHODS[name].schedule(shape, keep)
+    else:
+        schedule = PRESETS[name](shape, keep)
+    return replace(schedule, provenance={"preset": name, "tuned": False})
+
+
+def tuned_schedule(fingerprint: str | None, keep: float, *, tower: bool = False) -> Schedule | None:
+    """The shipped schedule that was tuned for this model, average keep and part of the network; None where there is none."""
+    return _tuned(fingerprint).get((keep, tower))
+
+
+def tuned_keeps(fingerprint: str | None) -> tuple[float, ...]:
+    """Average keeps for which schedules of this model are shipped, ascending."""
+    return tuple(sorted({keep for keep, _ in _tuned(fingerprint)}))
+
+
+def _tuned(fingerprint: str | None) -> dict[tuple[float, bool], Schedule]:
+    """Shipped schedules of a model by the budget that they were tuned for: average keep, and whether prefill FLOPs were given too."""
+    found = {}
+    for path in sorted(TUNED_FOLDER.glob("*.json")):
+        schedule = load_schedule(path)
+        if schedule.model == fingerprint:
+            budget = schedule.provenance["budget"]
+            found[budget["keep"], "prefill_flops" in budget] = schedule
+    return found
 
 
 def _progressive(shape: ModelShape, keep: float) -> Schedule:
@@ -80,3 +128,4 @@ def _three_stages(layers: int, keep: float, first: float, second: float) -> tupl
 
 
 PRESETS: dict[str, Callable[[ModelShape, float], Schedule]] = {"progressive": _progressive, "tower": _tower, "paper": _paper}
+PRESET_NAMES = (*TUNED, *PRESETS, *METHOD_PRESETS)

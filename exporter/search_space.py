@@ -8,7 +8,7 @@ negative, and two fifths of its search box under-spend.)
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,13 +21,20 @@ __all__ = ["Budget", "SearchSpace", "parse_bytes"]
 
 CELL_RANGE = (3.0, 24.0)  # the paper's
 MOST_TOWER_PLACES = 16  # candidate blocks: each costs memory for the unpruned tower's state there
+TOWER_STAGES = 2  # at most, by attention; one by the pixels besides
+LATER_STAGES = 2  # at most, inside the decoder; one before it besides
+NO_CUT = 0.85  # of a tower keep's coordinate; above, the stage is none
+EXACT_ZERO = 0.1  # of the coordinates of t, β and what a decoder stage keeps above an even spread; below, they are 0
+LEAST_SCORE_ROWS = 32  # of 1024
+AVERAGE_STEPS = KEEP_UNIT  # the average keep is a whole number of 1/1024 of a layer
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+Point = dict[str, float | str]  # coordinates in [0, 1] and categories
 CATEGORIES: dict[str, tuple[RecycledImportance, ...]] = {"recycled_importance": ("own", "sum", "protected")}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a schedule may spend; at least one of the three, combined where several are given.
+    """What a schedule may spend; all that is given is kept to.
 
     Attributes:
         keep: average share of visual tokens over decoder layers.
@@ -45,11 +52,14 @@ class Budget:
     bytes_per_value: int = 2
 
     def __post_init__(self) -> None:
-        if self.keep is None and self.kv_bytes is None and self.prefill_flops is None:
-            raise ScheduleError("a budget is needed: --keep, --kv-budget or --prefill-flops")
         for name, share in (("keep", self.keep), ("prefill-flops", self.prefill_flops)):
             if share is not None and not 0 < share <= 1:
                 raise ScheduleError(f"--{name} must be above 0 and at most 1, got {share:g}")
+
+    @property
+    def bounds_keep(self) -> bool:
+        """Whether the average keep is given, so that it is spent and not searched."""
+        return self.keep is not None or self.kv_bytes is not None
 
     def average_keep(self, shape: ModelShape) -> float:
         """Average keep that keep and KV budget allow, 1 without either.
@@ -71,130 +81,172 @@ class Budget:
 class SearchSpace:
     """What may vary.
 
+    A stage whose keep equals the one before it is no stage, and each keep has a stretch of its coordinate where that is so: how many stages
+    there are is searched along with where they stand.
+
     Attributes:
-        starts: decoder layers of the stages, from 0 on; the last one's ratio is solved from the budget.
-        tower_blocks: candidate places of tower stages, ascending; empty: none.
-        tower_stages: how many of them are used.
-        entropy, recycling, guidance, carry: whether α, the cell side, β and ``recycled_importance`` vary.
+        decoder_places: candidate layers of stages inside the decoder; empty: thirds of the depth, fixed.
+        tower_places: candidate blocks of attention stages inside the tower; empty: no tower stages at all, none by pixels either.
+        beyond: whether what the paper does not have varies: merging at all, what representatives carry on, how many rows are scored.
+        guidance: whether β varies.
+        fixed: coordinates and categories that do not vary, with their values; what they do is told by leaving them alone (ablations).
     """
 
     shape: ModelShape
     budget: Budget
-    starts: tuple[int, ...]
-    tower_blocks: tuple[int, ...] = ()
-    tower_stages: int = 0
-    entropy: bool = True
-    recycling: bool = True
+    decoder_places: tuple[int, ...] = ()
+    tower_places: tuple[int, ...] = ()
+    beyond: bool = False
     guidance: bool = False
-    carry: bool = False
+    fixed: tuple[tuple[str, float | str], ...] = ()
 
     @classmethod
-    def for_model(cls, shape: ModelShape, budget: Budget, *, tower_stages: int = 0, guidance: bool = False, paper: bool = False) -> SearchSpace:
-        """Stages at thirds of the decoder, tower stages anywhere from block 2 on; with ``paper`` only what the paper searches.
+    def for_model(cls, shape: ModelShape, budget: Budget, *, tower: bool = False, guidance: bool = False, paper: bool = False) -> SearchSpace:
+        """Three decoder stages anywhere; with ``tower``, one by the pixels and two by attention; with ``paper`` what the paper searches.
 
         Raises:
-            ScheduleError: more tower stages than there are places.
+            ScheduleError: a budget that cannot be met.
         """
-        layers, blocks = shape.decoder.layers, shape.tower.blocks
-        starts = tuple(dict.fromkeys((0, layers // 3, 2 * layers // 3)))
+        blocks = shape.tower.blocks
         step = max(1, blocks // MOST_TOWER_PLACES)
-        places = tuple(range(FIRST_TOWER_BLOCK, blocks, step)) if tower_stages else ()
-        if tower_stages > len(places):
-            raise ScheduleError(f"--tower-stages {tower_stages}: this tower has room for {len(places)}")
-        space = cls(shape, budget, starts, places, tower_stages, guidance=guidance, carry=not paper)
+        tower_places = tuple(range(FIRST_TOWER_BLOCK, blocks, step)) if tower else ()
+        decoder_places = () if paper else tuple(range(1, shape.decoder.layers))
+        space = cls(shape, budget, decoder_places, tower_places, beyond=not paper, guidance=guidance)
         space.schedule(space.middle())  # a budget that cannot be met fails here, before anything is computed
         return space
 
-    def middle(self) -> dict[str, float | str]:
+    def middle(self) -> Point:
         """The centre of the cube."""
         return {**dict.fromkeys(self.coordinates(), 0.5), **{name: values[0] for name, values in self.categories().items()}}
 
+    def starts(self) -> tuple[Point, ...]:
+        """Points to try first: received attention without merging, in one stage and in several, with and without entropy."""
+        plain = self.middle() | {"global_threshold": 0.0, "recycle": 0.0, "entropy_weight": 0.5, "guidance_weight": 0.0, "score_rows": 0.4}
+        plain |= {"pixel_keep": 0.4, "tower_keep_0": 0.4, "tower_keep_1": 0.4, "tower_place_0": 0.0, "tower_place_1": 0.5}
+        several = plain | {"decoder_keep_0": 0.4, "decoder_keep_1": 0.4}
+        single = plain | {"decoder_keep_0": 0.0, "decoder_keep_1": 0.0}
+        chosen = [single, single | {"entropy_weight": 0.85}, several | {"entropy_weight": 0.85}, several]
+        if self.tower_places:
+            chosen.append(single | {"entropy_weight": 0.85, "tower_keep_0": 1.0, "tower_keep_1": 1.0})
+        known = set(self.coordinates()) | set(self.categories())
+        return tuple({name: value for name, value in point.items() if name in known} for point in chosen)
+
     def coordinates(self) -> tuple[str, ...]:
-        """Names of the unit coordinates, in the order in which they are used."""
-        names = [f"decoder_{number}" for number in range(len(self.starts) - 1)] + ["global_threshold"]
-        names += ["entropy_weight"] if self.entropy else []
-        names += ["recycle", "cell_size"] if self.recycling else []
+        """Names of the unit coordinates that vary."""
+        return tuple(name for name in self._axes() if name not in dict(self.fixed))
+
+    def _axes(self) -> list[str]:
+        names = [] if self.budget.bounds_keep else ["average_keep"]
+        names += [f"decoder_place_{n}" for n in range(min(LATER_STAGES, len(self.decoder_places)))]
+        names += [f"decoder_keep_{n}" for n in range(len(self._decoder_starts(None)) - 1)]
+        names += ["global_threshold", "entropy_weight", *(["recycle"] if self.beyond else []), "cell_size"]
         names += ["guidance_weight"] if self.guidance else []
-        names += [f"tower_block_{n}" for n in range(self.tower_stages)] + [f"tower_keep_{n}" for n in range(self.tower_stages)]
-        return tuple(names)
+        if self.tower_places:
+            count = min(TOWER_STAGES, len(self.tower_places))
+            names += ["pixel_keep", *(f"tower_place_{n}" for n in range(count)), *(f"tower_keep_{n}" for n in range(count))]
+        names += ["score_rows"] if self._samples_rows else []
+        return names
 
     def categories(self) -> Mapping[str, tuple[str, ...]]:
         """Categorical parameters and their values."""
-        return CATEGORIES if self.carry else {}
+        return {name: values for name, values in CATEGORIES.items() if self.beyond and name not in dict(self.fixed)}
 
     def schedule(self, point: Mapping[str, float | str]) -> Schedule:
         """The schedule of a point: coordinates in [0, 1], categories by value.
 
+        Each choice is made among what still meets the budget with everything after it at its cheapest; last, the tower's keeps shrink together
+        towards the first decoder layer's until the FLOPs are met.
+
         Raises:
             ScheduleError: the budget cannot be met at all.
         """
-        unit = {name: float(point[name]) for name in self.coordinates()}
-        recycle = None
-        if self.recycling and unit["recycle"] >= 0.5:
-            recycle = _between(*CELL_RANGE, unit["cell_size"])
-        importance = Importance(
-            global_threshold=MAX_GLOBAL_THRESHOLD * unit["global_threshold"] ** 2,  # finer near 0, where most tokens change sides
-            entropy_weight=_between(-1.0, 1.0, unit["entropy_weight"]) if self.entropy else 0.0,
-        )
-        decoder = self._decoder(unit, recycle)
-        carried = point.get("recycled_importance", "own")
-        base = Schedule(
-            stages=decoder,
-            importance=importance,
-            guidance_weight=unit.get("guidance_weight", 0.0),
+        chosen = {**dict(self.fixed), **point}
+        unit = {name: float(chosen[name]) for name in self._axes()}
+        carried = chosen.get("recycled_importance", "own")
+        cell = _between(*CELL_RANGE, unit["cell_size"]) if unit.get("recycle", 1.0) >= 0.5 else None
+        layers = self.shape.decoder.layers
+        cheapest = _Choice(average=layers, cell=cell, shrink=0, score_rows=KEEP_UNIT, global_rows=0)
+        if self._samples_rows:
+            cheapest = replace(cheapest, score_rows=LEAST_SCORE_ROWS)
+
+        def affordable(choice: _Choice) -> bool:
+            return self.budget.prefill_flops is None or self.flops_share(self._assemble(unit, choice)) <= self.budget.prefill_flops
+
+        if not affordable(cheapest):
+            cheapest = replace(cheapest, cell=None)
+        if not affordable(cheapest):
+            least = self.flops_share(self._assemble(unit, cheapest))
+            raise ScheduleError(
+                f"--prefill-flops {self.budget.prefill_flops:g} cannot be met with these stages (least {least:.3f}); "
+                + ("raise it" if self.tower_places else "raise it, or allow tower stages")
+            )
+        most = max(1, int(self.budget.average_keep(self.shape) * AVERAGE_STEPS * layers + 1e-9))
+        average = _largest(lambda steps: affordable(replace(cheapest, average=steps)), layers, most) if most > layers else most
+        if not self.budget.bounds_keep:
+            average = round(_between(layers, average, unit["average_keep"]))
+        choice = replace(cheapest, average=average)
+
+        if self._samples_rows:
+            rows = _largest(lambda value: affordable(replace(choice, score_rows=value)), LEAST_SCORE_ROWS, KEEP_UNIT)
+            choice = replace(choice, score_rows=round(rows * (LEAST_SCORE_ROWS / rows) ** unit["score_rows"]))
+        threshold = 0.0
+        if unit["global_threshold"] > EXACT_ZERO:
+            rows = _largest(lambda value: affordable(replace(choice, global_rows=value)), 0, KEEP_UNIT)
+            lowest = 0.0 if rows == KEEP_UNIT else MAX_GLOBAL_THRESHOLD if rows == 0 else min(MAX_GLOBAL_THRESHOLD, KEEP_UNIT / rows)
+            share = _beyond_zero(unit["global_threshold"]) ** 2
+            wished = _between(lowest, MAX_GLOBAL_THRESHOLD, share)  # finer near the low end, where most tokens change sides
+            if affordable(replace(choice, global_rows=Importance(wished).global_rows)):
+                threshold = wished
+        choice = replace(choice, threshold=threshold, global_rows=Importance(threshold).global_rows if threshold else 0)
+        choice = replace(choice, shrink=_largest(lambda value: affordable(replace(choice, shrink=value)), 0, KEEP_UNIT))
+        return replace(
+            self._assemble(unit, choice),
+            guidance_weight=_beyond_zero(unit.get("guidance_weight", 0.0)),
             recycled_importance=carried,  # type: ignore[arg-type]  # validated by Schedule
         )
-        return self._with_tower(base, unit)
 
-    def _decoder(self, unit: Mapping[str, float], recycle: float | None) -> tuple[Stage, ...]:
-        average = self.budget.average_keep(self.shape)
-        keeps = spend_keep(
-            self.shape.decoder.layers, average, self.starts, lambda number, least, most: _between(least, most, unit[f"decoder_{number}"])
-        )
-        return tuple(Stage("decoder", start, keep, recycle if start == 0 else None) for start, keep in zip(self.starts, keeps, strict=True))
+    def _assemble(self, unit: Mapping[str, float], choice: _Choice) -> Schedule:
+        """The schedule of a point with the values that budgets act on."""
+        layers = self.shape.decoder.layers
+        starts = self._decoder_starts(unit)
+        wishes = [_beyond_zero(unit[f"decoder_keep_{number}"]) ** 2 for number in range(len(starts) - 1)]  # finer near an even spread
+        starts = starts[: wishes.index(0) + 1] if 0 in wishes else starts  # an even spread from there on is one stage
+        average = choice.average / AVERAGE_STEPS / layers
+        keeps = spend_keep(layers, average, starts, lambda number, least, most: _between(least, most, wishes[number]))
+        decoder = [Stage("decoder", start, keep, choice.cell if start == 0 else None) for start, keep in zip(starts, keeps, strict=True)]
+        tower, ceiling = [], KEEP_UNIT
+        for block, wish in self._tower_wishes(unit):
+            if wish < NO_CUT:
+                ceiling = round(_between(keeps[0], ceiling, wish / NO_CUT))
+            tower.append(Stage("tower", block, keeps[0] + (ceiling - keeps[0]) * choice.shrink // KEEP_UNIT))
+        importance = Importance(choice.threshold, _between(-1.0, 1.0, unit["entropy_weight"]), score_rows=choice.score_rows)
+        if choice.global_rows and not choice.threshold:  # what is only costed so far: a threshold that needs these rows
+            importance = replace(importance, global_threshold=min(MAX_GLOBAL_THRESHOLD, KEEP_UNIT / choice.global_rows))
+        return Schedule(_cutting([*tower, *decoder]), importance)
 
-    def _with_tower(self, base: Schedule, unit: Mapping[str, float]) -> Schedule:
-        """Tower stages with places and keeps of the point; keeps shrink together, towards the first decoder stage's, until the FLOPs are met."""
-        if not self.tower_stages:
-            self._check_flops(base)
-            return base
-        floor = base.stages[0].keep
-        places: list[int] = []
-        for number in range(self.tower_stages):
-            open_places = self._open_places(base, places)
-            places.append(open_places[min(int(unit[f"tower_block_{number}"] * len(open_places)), len(open_places) - 1)])
-        keeps: list[int] = []
-        ceiling = KEEP_UNIT
-        for number in range(self.tower_stages):
-            keeps.append(ceiling := round(_between(floor, ceiling, unit[f"tower_keep_{number}"])))
-        schedule = _put_tower(base, places, keeps)
-        if self.budget.prefill_flops is None or self._flops_share(schedule) <= self.budget.prefill_flops:
-            return schedule
-        # Too dear: shrink all tower keeps towards the floor, the least that still meets the budget.
-        low, high = 0, KEEP_UNIT
-        while high - low > 1:
-            middle = (low + high) // 2
-            shrunk = _put_tower(base, places, [floor + (keep - floor) * middle // KEEP_UNIT for keep in keeps])
-            low, high = (middle, high) if self._flops_share(shrunk) <= self.budget.prefill_flops else (low, middle)
-        return _put_tower(base, places, [floor + (keep - floor) * low // KEEP_UNIT for keep in keeps])
+    def _decoder_starts(self, unit: Mapping[str, float] | None) -> tuple[int, ...]:
+        """Layers of the decoder stages, from 0 on; None: any, of the right number."""
+        layers, places = self.shape.decoder.layers, self.decoder_places
+        if not places:
+            return tuple(dict.fromkeys((0, layers // 3, 2 * layers // 3)))
+        count = min(LATER_STAGES, len(places))
+        return 0, *(places[:count] if unit is None else _ascending(places, [unit[f"decoder_place_{n}"] for n in range(count)]))
 
-    def _open_places(self, base: Schedule, places: list[int]) -> list[int]:
-        """Where the next tower stage may stand, so that the rest still fits behind it and the least keeps meet the FLOPs."""
-        behind = [block for block in self.tower_blocks if not places or block > places[-1]]
-        floor, wanted = base.stages[0].keep, self.tower_stages
-        open_places = []
-        for number, block in enumerate(behind):
-            filled = [*places, *behind[number : number + wanted - len(places)]]
-            if len(filled) < wanted:
-                break
-            cheapest = _put_tower(base, filled, [floor] * wanted)
-            if self.budget.prefill_flops is None or self._flops_share(cheapest) <= self.budget.prefill_flops:
-                open_places.append(block)
-        if not open_places:
-            self._check_flops(_put_tower(base, [*places, *behind[: wanted - len(places)]], [floor] * wanted))
-        return open_places
+    def _tower_wishes(self, unit: Mapping[str, float]) -> list[tuple[int, float]]:
+        """Tower stages as (block, coordinate of the keep)."""
+        if not self.tower_places:
+            return []
+        count = min(TOWER_STAGES, len(self.tower_places))
+        blocks = _ascending(self.tower_places, [unit[f"tower_place_{n}"] for n in range(count)])
+        return [(0, unit["pixel_keep"]), *((block, unit[f"tower_keep_{n}"]) for n, block in enumerate(blocks))]
 
-    def _flops_share(self, schedule: Schedule) -> float:
+    @property
+    def _samples_rows(self) -> bool:
+        """Whether ``score_rows`` varies: where FLOPs matter."""
+        return self.beyond and (bool(self.tower_places) or self.budget.prefill_flops is not None)
+
+    def flops_share(self, schedule: Schedule) -> float:
+        """Prefill FLOPs of a schedule at the budget's size, as a share of the unpruned ones."""
         return self._flops(schedule) / self._unpruned_flops
 
     @cached_property
@@ -205,12 +257,17 @@ class SearchSpace:
         budget = self.budget
         return cost(schedule, self.shape, rows=budget.rows, columns=budget.columns, text_tokens=budget.text_tokens).flops
 
-    def _check_flops(self, schedule: Schedule) -> None:
-        if self.budget.prefill_flops is not None and self._flops_share(schedule) > self.budget.prefill_flops:
-            raise ScheduleError(
-                f"--prefill-flops {self.budget.prefill_flops:g} cannot be met with these stages (least {self._flops_share(schedule):.3f}); "
-                "allow earlier tower stages or a smaller --keep"
-            )
+
+@dataclass(frozen=True)
+class _Choice:
+    """What budgets act on: the average keep (in 1/1024 of a layer), cell side, how far tower keeps may rise above the floor, rows to score."""
+
+    average: int
+    cell: float | None
+    shrink: int
+    score_rows: int
+    global_rows: int
+    threshold: float = 0.0
 
 
 def parse_bytes(text: str) -> int:
@@ -225,9 +282,43 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * BYTE_UNITS[match[2] or "B"])
 
 
-def _put_tower(base: Schedule, places: list[int], keeps: list[int]) -> Schedule:
-    tower = tuple(Stage("tower", block, keep) for block, keep in zip(places, keeps, strict=True))
-    return replace(base, stages=(*tower, *base.stages))
+def _cutting(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages that drop something; one that would drop no more than a rounding is joined to the one before."""
+    kept: list[Stage] = []
+    for stage in stages:
+        before = kept[-1].keep if kept else KEEP_UNIT
+        if kept and stage.keep >= before - 1:
+            kept[-1] = replace(kept[-1], keep=stage.keep)
+        elif stage.keep < before:
+            kept.append(stage)
+    return tuple(kept)
+
+
+def _beyond_zero(share: float) -> float:
+    """A coordinate with a stretch at its low end that means exactly 0."""
+    return max(0.0, (share - EXACT_ZERO) / (1 - EXACT_ZERO))
+
+
+def _ascending(places: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """One place a share, each behind the one before, with room left for the rest."""
+    chosen: list[int] = []
+    first = 0
+    for number, share in enumerate(shares):
+        end = len(places) - (len(shares) - number - 1)
+        index = first + min(int(share * (end - first)), end - first - 1)
+        chosen.append(places[index])
+        first = index + 1
+    return chosen
+
+
+def _largest(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest whole number in [low, high] that holds, by bisection; ``low`` is known to, and what is above one that does not doesn't either."""
+    if holds(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def _between(low: float, high: float, share: float) -> float:

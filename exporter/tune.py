@@ -8,41 +8,35 @@ statistics from which any global threshold's importance follows. A trial runs fr
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ..engines.directory import kv_segments
-from ..engines.manifest import TokenIds
-from ..engines.positions import ImageSurvivors, prompt_positions
-from ..engines.preprocess import ImageProcessorConfig, load_image, preprocess_image
-from ..engines.prompt import PromptEncoder, expand_image_tokens
 from ..engines.session import ImageSource
-from ..plugins.importance import add_entropy, context_relevance, global_tokens, masked_column_mean, received_attention
-from .build import copy_text_files, image_processor
 from .checkpoint import Checkpoint
-from .model import load_model, pruned_graphs
-from .models.qwen2_vl import TowerState, VisionGraph, model_shape
-from .reference import TorchBackend
-from .schedule import KEEP_UNIT, Importance, Schedule, ScheduleError
+from .reference import ReferenceModel, cosine
+from .schedule import Schedule, ScheduleError
 from .search_space import SearchSpace
+from .shared_tower import SharedTower, embed_plainly
+from .study import finished_trials, open_study
 
-__all__ = ["CalibrationSample", "FlowObjective", "TuneResult", "tune_schedule"]
+__all__ = ["CalibrationSample", "FlowObjective", "FrontPoint", "Resource", "TuneResult", "tune_front", "tune_schedule"]
+
+STARTUP_TRIALS = 10  # random, before the Gaussian process has something to go by
+Resource = Literal["kv", "flops"]
+Progress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """An image and a prompt; no label."""
+    """A prompt and the images that it is about; no label."""
 
-    image: ImageSource
+    images: tuple[ImageSource, ...]
     prompt: str
 
 
@@ -56,22 +50,12 @@ class TuneResult:
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    """One sample up to the tower: token ids with the image's placeholder, and its patches."""
+class FrontPoint:
+    """A schedule that none beats in both: its objective (mean cosine) and what it costs (a share of the unpruned)."""
 
-    token_ids: list[int]
-    pixel_values: Tensor  # T [rows, columns, G, patch_dim]
-    entropy: Tensor  # float32 [rows, columns, G]
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """Attention statistics of one block over all patches: what any importance parameters need."""
-
-    query: Tensor  # T [heads, P, head_dim]
-    key: Tensor
-    row_lse: Tensor  # float32 [heads, P]
-    received: Tensor  # float32 [P]
+    schedule: Schedule
+    value: float
+    cost: float
 
 
 class FlowObjective:
@@ -79,6 +63,9 @@ class FlowObjective:
 
     Args:
         blocks: tower blocks before which the first tower stage may stand; the unpruned tower is kept at these.
+
+    Raises:
+        ScheduleError: no samples, or one without an image.
     """
 
     def __init__(
@@ -86,130 +73,48 @@ class FlowObjective:
     ) -> None:
         if not samples:
             raise ScheduleError("calibration needs at least one sample")
-        self.shape = model_shape(checkpoint.config)
-        self._model = load_model(checkpoint, dtype)
-        self._dtype = dtype
-        with tempfile.TemporaryDirectory() as folder:
-            ids = copy_text_files(checkpoint, Path(folder))
-            self._tokens = TokenIds(ids["image"], ids["vision_start"], ids["vision_end"], tuple(ids["stop"]))
-            encoder = PromptEncoder(Path(folder) / "tokenizer.json", Path(folder) / "chat_template.jinja", self._tokens)
-        processor = image_processor(checkpoint)
-        self._prompts = [self._read(sample, encoder, processor) for sample in samples]
-        self._entry_blocks = sorted({*blocks, self.shape.tower.blocks})
-        self._states: list[dict[int, TowerState]] = []
-        self._scorings: list[dict[int, _Scoring]] = []
-        for prompt in self._prompts:
-            states, scorings = self._walk_tower(prompt)
-            self._states.append(states)
-            self._scorings.append(scorings)
-        self._unpruned = [self._last_hidden(prompt, Schedule(), self._embed(n, Schedule())) for n, prompt in enumerate(self._prompts)]
+        for number, sample in enumerate(samples, 1):
+            if not sample.images:
+                raise ScheduleError(f"calibration sample {number} ({sample.prompt:.40}) has no image; pruning has nothing to change there")
+        self._reference = ReferenceModel(checkpoint, dtype)
+        self.shape = self._reference.shape
+        self._tower = SharedTower(self._reference, blocks)
+        self._questions = [self._reference.read(sample.images, sample.prompt) for sample in samples]
+        self._walked = [[self._tower.walk(picture) for picture in question.pictures] for question in self._questions]
+        self._unpruned = self._hidden(Schedule())
+
+    @property
+    def samples(self) -> int:
+        """How many samples it calibrates on."""
+        return len(self._questions)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the preprocessed samples, for a schedule's provenance."""
+        digest = hashlib.sha256()
+        for question in self._questions:
+            digest.update(np.array(question.token_ids, np.int64).tobytes())
+            for picture in question.pictures:
+                digest.update(picture.pixel_values.numpy().tobytes())
+        return digest.hexdigest()
 
     def score(self, schedule: Schedule) -> float:
         """The objective, from the first stage on."""
         schedule.check(self.shape)
-        hidden = (self._last_hidden(prompt, schedule, self._embed(n, schedule)) for n, prompt in enumerate(self._prompts))
-        return float(np.mean([_cosine(h, full) for h, full in zip(hidden, self._unpruned, strict=True)]))
+        return _mean_cosine(self._hidden(schedule), self._unpruned)
 
     def score_plainly(self, schedule: Schedule) -> float:
         """The same with nothing kept between trials; what ``score`` is measured against."""
-        values = []
-        for prompt in self._prompts:
-            full = self._last_hidden(prompt, Schedule(), self._embed_plainly(prompt, Schedule()))
-            values.append(_cosine(self._last_hidden(prompt, schedule, self._embed_plainly(prompt, schedule)), full))
-        return float(np.mean(values))
+        return _mean_cosine(self._hidden(schedule, plainly=True), self._hidden(Schedule(), plainly=True))
 
-    def _read(self, sample: CalibrationSample, encoder: PromptEncoder, processor: ImageProcessorConfig) -> _Prompt:
-        patches = preprocess_image(load_image(sample.image), processor)
-        tower = self.shape.tower
-        grid = (patches.grid_thw[1] // tower.merge_size, patches.grid_thw[2] // tower.merge_size, tower.group)
-        pixel_values = torch.from_numpy(patches.pixel_values).to(self._dtype).reshape(*grid, tower.patch_dim)
-        return _Prompt(encoder.encode(sample.prompt, 1), pixel_values, torch.from_numpy(patches.entropy).reshape(grid))
-
-    @torch.inference_mode()
-    def _walk_tower(self, prompt: _Prompt) -> tuple[dict[int, TowerState], dict[int, _Scoring]]:
-        """The unpruned tower before each entry block, and the scoring statistics of the block before it."""
-        graph = self._vision(Schedule())
-        rows, columns = prompt.pixel_values.shape[:2]
-        state = graph.begin(prompt.pixel_values, prompt.entropy, rows * columns)
-        states, scorings, position = {}, {}, 0
-        for block in self._entry_blocks:
-            if block > 0:
-                state = graph.run_blocks(state, position, block - 1)
-                scorings[block] = self._scoring(*graph.attend(block - 1, state))
-                state = graph.run_blocks(state, block - 1, block)
-            states[block], position = state, block
-        return states, scorings
-
-    def _scoring(self, query: Tensor, key: Tensor) -> _Scoring:
-        """Statistics for exact scoring; a sample of rows is scored anew, which costs as little as it does in the graph."""
-        return _Scoring(query, key, *received_attention(query, key, scale=self.shape.tower.head_dim**-0.5))
-
-    @torch.inference_mode()
-    def _embed(self, number: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-        """visual_embeds, importance and index of a sample, from the first tower stage on."""
-        graph, prompt = self._vision(schedule), self._prompts[number]
-        first = schedule.tower_stages[0].layer if schedule.tower_stages else self.shape.tower.blocks
-        settings = schedule.importance
-        last_block = settings.vision_layer % self.shape.tower.blocks == self.shape.tower.blocks - 1
-        if first == 0 or first not in self._states[number] or not last_block:
-            return self._embed_plainly(prompt, schedule)
-        state = self._states[number][first]
-        if schedule.tower_stages or schedule.needs_importance:
-            state = replace(state, importance=self._importance(number, first, settings))
-        return graph.finish(graph.run_blocks(state, first, self.shape.tower.blocks))
-
-    @torch.inference_mode()
-    def _embed_plainly(self, prompt: _Prompt, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-        rows, columns = prompt.pixel_values.shape[:2]
-        budget = torch.zeros(rows * columns, dtype=torch.int32)
-        embeds: tuple[Tensor, Tensor, Tensor] = self._vision(schedule)(prompt.pixel_values, prompt.entropy, budget)
-        return embeds
-
-    def _importance(self, number: int, block: int, settings: Importance) -> Tensor:
-        """Importance before ``block`` for any parameters: float32 [N]; of the map, only the global tokens' rows are computed."""
-        scoring, prompt = self._scorings[number][block], self._prompts[number]
-        if settings.score_rows < KEEP_UNIT:
-            relevance = context_relevance(
-                scoring.query,
-                scoring.key,
-                scale=self.shape.tower.head_dim**-0.5,
-                global_threshold=settings.global_threshold,
-                score_rows=settings.score_rows,
-                global_rows=settings.global_rows,
-            )
-        elif settings.global_threshold == 0:
-            relevance = scoring.received / scoring.received.shape[0]
-        else:
-            rows = global_tokens(scoring.received, settings.global_threshold).nonzero()[:, 0]
-            everyone = torch.ones(rows.shape[0], dtype=torch.bool)
-            lse = scoring.row_lse[:, rows]
-            relevance = masked_column_mean(scoring.query[:, rows], scoring.key, lse, everyone, scale=self.shape.tower.head_dim**-0.5)
-        mapped = add_entropy(relevance, prompt.entropy.reshape(-1), entropy_weight=settings.entropy_weight)
-        return mapped.reshape(-1, self.shape.tower.group).mean(1)
-
-    def _vision(self, schedule: Schedule) -> VisionGraph:
-        return pruned_graphs(self._model, self.shape, schedule)[0]
-
-    def _last_hidden(self, prompt: _Prompt, schedule: Schedule, embedded: tuple[Tensor, Tensor, Tensor]) -> NDArray[np.float32]:
-        """h(θ): float32 [H]."""
-        visual_embeds, importance, index = embedded
-        rows, columns = prompt.pixel_values.shape[:2]
-        survivors = [ImageSurvivors(rows, columns, index.numpy())]
-        input_ids, visual_positions = expand_image_tokens(prompt.token_ids, [index.shape[0]], image_token=self._tokens.image)
-        positions, _ = prompt_positions(input_ids, survivors, image_token=self._tokens.image, renumber_first_stage=schedule.renumber_first_stage)
-        layers, text = self.shape.decoder.layers, input_ids.size - index.shape[0]
-        segments = kv_segments(schedule, layers, max_visual_tokens=rows * columns, max_text_tokens=text)
-        backend = TorchBackend(self._model, self.shape, schedule, segments)
-        _, last_hidden = backend.language(
-            input_ids=input_ids[None],
-            position_ids=positions[:, None],
-            visual_embeds=visual_embeds.numpy(),
-            visual_positions=visual_positions,
-            importance=importance.numpy(),
-            budget=rows * columns,
-            past_lengths=np.zeros((1, len(segments)), np.int64),
-        )
-        return last_hidden.astype(np.float32)
+    def _hidden(self, schedule: Schedule, *, plainly: bool = False) -> list[NDArray[np.float32]]:
+        """h(θ) of each sample: float32 [H]."""
+        vision, language = self._reference.graphs(schedule)
+        hidden = []
+        for question, walked in zip(self._questions, self._walked, strict=True):
+            embedded = [embed_plainly(vision, w.picture) if plainly else self._tower.embed(vision, w) for w in walked]
+            hidden.append(self._reference.reply(language, vision, question, embedded, new_tokens=0).last_hidden)
+        return hidden
 
 
 def tune_schedule(
@@ -219,65 +124,129 @@ def tune_schedule(
     fingerprint: str,
     trials: int,
     seed: int = 0,
+    startup: int = STARTUP_TRIALS,
     storage: str | None = None,
     study_name: str = "vflow",
-    start: Sequence[Mapping[str, float | str]] = (),
-    progress: Callable[[int, float], None] = lambda trial, best: None,
+    start: Sequence[Mapping[str, float | str]] | None = None,
+    progress: Progress = lambda done, best: None,
 ) -> TuneResult:
     """Search with a Gaussian process (Optuna), resuming the study if the storage holds it.
 
     Args:
+        trials: how many to add; with several processes on one storage, each adds its own.
+        startup: of these, how many are random before the Gaussian process takes over.
         storage: a file (journal) or a database URL; several processes may share it. None keeps the study in memory.
-        start: points to try first.
-        progress: called after each trial with its number and the best value so far.
+        start: points to try first; None takes the space's.
+        progress: called after each trial with how many are done and the best value so far.
 
     Raises:
         ScheduleError: Optuna is missing, the study belongs to another model or search, or the budget cannot be met.
     """
-    optuna = _import_optuna()
-    names = space.coordinates()
-    study = optuna.create_study(
-        storage=_storage(optuna, storage),
-        study_name=study_name,
-        direction="maximize",
-        sampler=_sampler(optuna, seed),
-        load_if_exists=True,
-    )
-    searched = repr(replace(space, shape=None))  # type: ignore[arg-type]  # only printed; the model has its fingerprint
-    identity = {"model": fingerprint, "space": hashlib.sha256(searched.encode()).hexdigest()[:16]}
-    known = study.user_attrs
-    for name, value in identity.items():
-        if known.get(name, value) != value:
-            raise ScheduleError(f"study {study_name!r} in {storage} was made for another {name}; choose another --study or --study-name")
-        study.set_user_attr(name, value)
-    if not study.trials:
-        for point in start:
-            study.enqueue_trial(dict(point))
+    study = _study(space, fingerprint, ["maximize"], seed, startup, storage, study_name, space.starts() if start is None else start)
 
     def evaluate(trial: Any) -> float:
-        point: dict[str, float | str] = {name: trial.suggest_float(name, 0.0, 1.0) for name in names}
-        point |= {name: trial.suggest_categorical(name, values) for name, values in space.categories().items()}
-        return objective.score(space.schedule(point))
+        return objective.score(space.schedule(_suggest(trial, space)))
+
+    done = 0
 
     def report(current: Any, trial: Any) -> None:
-        progress(trial.number + 1, current.best_value)
+        nonlocal done
+        done += 1
+        progress(done, current.best_value)
 
     study.optimize(evaluate, n_trials=trials, callbacks=[report])
-    found = space.schedule(study.best_params)
-    provenance = {"method": "flow-guided, Gaussian process", "objective": study.best_value, "trials": len(study.trials), "seed": seed}
-    return TuneResult(replace(found, model=fingerprint, provenance=provenance), study.best_value, len(study.trials))
+    provenance = _provenance(objective, space, seed, finished_trials(study)) | {"value": study.best_value}
+    found = replace(space.schedule(study.best_params), model=fingerprint, provenance=provenance)
+    return TuneResult(found, study.best_value, finished_trials(study))
 
 
-def _sampler(optuna: Any, seed: int) -> Any:
+def tune_front(
+    objective: FlowObjective,
+    space: SearchSpace,
+    resource: Resource,
+    *,
+    fingerprint: str,
+    trials: int,
+    seed: int = 0,
+    startup: int = STARTUP_TRIALS,
+    storage: str | None = None,
+    study_name: str = "vflow-front",
+    progress: Progress = lambda done, best: None,
+) -> list[FrontPoint]:
+    """The front of quality against a resource, cheapest first; arguments and errors as :func:`tune_schedule`.
+
+    Args:
+        resource: ``kv`` (average keep) or ``flops`` (share of the unpruned prefill's). What the space's budget gives is kept to besides.
+    """
+    if resource == "kv" and space.budget.bounds_keep:
+        raise ScheduleError("a front over the KV cache leaves the keep open: leave out --keep and --kv-budget")
+    study = _study(space, fingerprint, ["maximize", "minimize"], seed, startup, storage, study_name, _spread(space))
+
+    def evaluate(trial: Any) -> tuple[float, float]:
+        schedule = space.schedule(_suggest(trial, space))
+        cost = schedule.average_keep(space.shape.decoder.layers) if resource == "kv" else space.flops_share(schedule)
+        return objective.score(schedule), cost
+
+    done = 0
+
+    def report(current: Any, trial: Any) -> None:
+        nonlocal done
+        done += 1
+        progress(done, max(best.values[0] for best in current.best_trials))
+
+    study.optimize(evaluate, n_trials=trials, callbacks=[report])
+    provenance = _provenance(objective, space, seed, finished_trials(study)) | {"front": resource}
+    points = {}
+    for best in study.best_trials:
+        value, cost = best.values
+        schedule = replace(space.schedule(best.params), model=fingerprint, provenance=provenance | {"value": value})
+        points[value, cost] = FrontPoint(schedule, value, cost)
+    return sorted(points.values(), key=lambda point: point.cost)
+
+
+def _spread(space: SearchSpace) -> list[Mapping[str, float | str]]:
+    """The points to start from, at several costs each."""
+    if space.budget.bounds_keep:
+        return list(space.starts())
+    return [point | {"average_keep": share} for share in (0.05, 0.1, 0.25, 0.5) for point in space.starts()[:2]]
+
+
+def _suggest(trial: Any, space: SearchSpace) -> dict[str, float | str]:
+    point: dict[str, float | str] = {name: trial.suggest_float(name, 0.0, 1.0) for name in space.coordinates()}
+    return point | {name: trial.suggest_categorical(name, values) for name, values in space.categories().items()}
+
+
+def _provenance(objective: FlowObjective, space: SearchSpace, seed: int, trials: int) -> dict[str, Any]:
+    """How a schedule was found, for ``schedule.json``."""
+    budget = space.budget
+    return {
+        "method": "flow-guided search, Gaussian process",
+        "objective": "mean cosine of the last prompt token's hidden state with the unpruned model's",
+        "trials": trials,
+        "seed": seed,
+        "calibration": {"samples": objective.samples, "sha256": objective.fingerprint},
+        "budget": {name: value for name, value in vars(budget).items() if value is not None},
+    }
+
+
+def _study(
+    space: SearchSpace,
+    fingerprint: str,
+    directions: list[str],
+    seed: int,
+    startup: int,
+    storage: str | None,
+    study_name: str,
+    start: Sequence[Mapping[str, float | str]],
+) -> Any:
+    """The study in the storage, made if it is not there, refused if it is of something else."""
+    optuna = _import_optuna()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `deterministic_objective`
-        return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
-
-
-def _storage(optuna: Any, storage: str | None) -> Any:
-    if storage is None or "://" in storage:
-        return storage
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+        sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, deterministic_objective=True)
+    searched = repr(replace(space, shape=None)) + repr(directions)  # type: ignore[arg-type]  # only printed; the model has its fingerprint
+    identity = {"model": fingerprint, "space": hashlib.sha256(searched.encode()).hexdigest()[:16]}
+    return open_study(storage, study_name, directions=directions, sampler=sampler, identity=identity, start=start)
 
 
 def _import_optuna() -> Any:
@@ -289,5 +258,5 @@ def _import_optuna() -> Any:
     return optuna
 
 
-def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+def _mean_cosine(first: Sequence[NDArray[np.float32]], second: Sequence[NDArray[np.float32]]) -> float:
+    return float(np.mean([cosine(a, b) for a, b in zip(first, second, strict=True)]))

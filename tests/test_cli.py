@@ -289,6 +289,122 @@ def test_run_refuses_an_old_onnx_runtime(call: Callable[..., Result], engine: En
     refused(call("run", engine.path, *PROMPT), "onnxruntime 1.31.0 aligns causal attention differently")
 
 
+# ----------------------------------------------------------------------------------------------------------- tune, evaluate
+
+
+def write_data(folder: Path) -> Path:
+    Image.fromarray(picture(4, 5)).save(folder / "a.png")
+    lines = [{"image": "a.png", "prompt": prompt, "answer": "left"} for prompt in ("what is there ?", "list the objects .")]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "data.jsonl"
+
+
+SMALL = ("--trials", 3, "--side", 140, "--text-tokens", 12)
+
+
+def test_tune_writes_a_schedule_that_build_takes(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
+    data, output = write_data(tmp_path), tmp_path / "schedule.json"
+    result = call("tune", "--model", random_checkpoint, "--data", data, "--keep", 0.4, "--prefill-flops", 0.9, "--output", output, *SMALL)
+    assert result.exit_code == 0, result.output
+    schedule = load_schedule(output)
+    assert schedule.average_keep(4) <= 0.4
+    assert schedule.provenance["trials"] == 3
+    assert schedule.provenance["calibration"]["samples"] == 2
+    assert f"wrote {output}" in result.stdout
+    assert "best cosine" in result.stderr
+    built = call("build", "--model", random_checkpoint, "--schedule", output, "--output", tmp_path / "engine", *LIMITS)
+    assert built.exit_code == 0, built.output
+    assert f"schedule   from {output}" in built.stdout
+
+
+def test_tune_writes_a_front_of_schedules(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
+    data, output = write_data(tmp_path), tmp_path / "front"
+    arguments = ("tune", "--model", random_checkpoint, "--data", data, "--pareto", "kv", "--output", output, *SMALL)
+    result = call(*arguments, "--trials", 6)
+    assert result.exit_code == 0, result.output
+    points = json.loads((output / "front.json").read_text())["points"]
+    costs, cosines = [point["cost"] for point in points], [point["cosine"] for point in points]
+    assert costs == sorted(costs) and cosines == sorted(cosines)  # dearer is better, or it would not be on the front
+    for point in points:
+        assert load_schedule(output / point["schedule"]).average_keep(4) == pytest.approx(point["cost"])
+    assert (output / "front.png").stat().st_size > 5000
+    refused(call(*arguments), "is not an empty folder; choose another --output")
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "code"),
+    [
+        ([], "a budget is needed", 2),
+        (["--keep", "0.1", "--preset", "paper", "--tower"], "--preset has no tower stages", 2),
+        (["--keep", "0.0005"], "less than 1/1024 of the visual tokens", 1),
+        (["--kv-budget", "10B"], "less than 1/1024 of the visual tokens (or less than one)", 1),
+        (["--kv-budget", "much"], "is not a size", 1),
+        (["--keep", "0.1", "--prefill-flops", "0.0001"], "cannot be met with these stages", 1),
+        (["--keep", "0.1", "--pareto", "kv"], "leave out --keep", 1),
+        (["--keep", "0.1", "--data", "{empty}"], "no samples", 1),
+        (["--keep", "0.1", "--data", "{text}"], "image", 1),
+    ],
+)
+def test_tune_refuses_what_it_cannot_do(
+    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path, options: list[str], message: str, code: int
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "text.jsonl").write_text('{"prompt": "what is there ?"}\n')
+    options = [option.format(empty=tmp_path / "empty.jsonl", text=tmp_path / "text.jsonl") for option in options]
+    data = [] if "--data" in options else ["--data", write_data(tmp_path)]
+    result = call("tune", "--model", random_checkpoint, "--output", tmp_path / "s.json", *SMALL, *data, *options)
+    refused(result, message, code)
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_tune_refuses_a_study_of_another_search(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
+    common = (
+        "tune",
+        "--model",
+        random_checkpoint,
+        "--data",
+        write_data(tmp_path),
+        "--output",
+        tmp_path / "s.json",
+        "--study",
+        tmp_path / "study.log",
+    )
+    assert call(*common, "--keep", 0.4, *SMALL).exit_code == 0
+    refused(call(*common, "--keep", 0.3, *SMALL), "was made for another space; choose another --study or --study-name")
+
+
+def test_evaluate_compares_engines_and_methods(call: Callable[..., Result], engine: Engine, random_checkpoint: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    options = ("--model", random_checkpoint, "--method", "random", "--method", "fastv", "--keep", 0.5, "--keep", 0.1, "--data", data, "--json")
+    result = call("evaluate", engine.path, *options, "--plot", tmp_path / "plot.svg")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["name"] for row in rows] == [str(engine.path), "unpruned", "random", "fastv", "random"]
+    assert all(row["total"]["n"] == 2 for row in rows)
+    assert "left out: fastv at keep 0.1" in result.stderr
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+    table = call("evaluate", engine.path, "--data", data)
+    assert "2 questions, share of right answers" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name engines, or a --model"),
+        (["--method", "random", "--keep", "0.1"], "need --model"),
+        (["--model", "tiny"], "--model needs --method"),
+        (["--model", "tiny", "--method", "random"], "--method needs --keep"),
+    ],
+)
+def test_wrong_usage_of_evaluate_is_exit_code_2(call: Callable[..., Result], options: list[str], message: str) -> None:
+    refused(call("evaluate", *options), message, code=2)
+
+
+def test_evaluate_lists_its_methods(call: Callable[..., Result]) -> None:
+    names = call("evaluate", "--method", "list").stdout.split()
+    assert {"tuned", "paper", "downsample", "visionzip"} <= set(names)
+
+
 # ---------------------------------------------------------------------------------------------------------- verify, doctor
 
 

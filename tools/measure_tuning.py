@@ -10,7 +10,7 @@ import time
 
 import torch
 from vflow.exporter.checkpoint import open_checkpoint
-from vflow.exporter.evaluate import CALIBRATION_SEED, generated_samples
+from vflow.exporter.data import CALIBRATION_SEED, generated_samples
 from vflow.exporter.presets import PRESETS, preset_schedule
 from vflow.exporter.tiny.trained import TRAINED_KINDS
 from vflow.exporter.tune import CalibrationSample, FlowObjective
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    samples = [CalibrationSample(s.images[0], s.prompt) for s in generated_samples(args.samples, TRAINED_KINDS, args.side, seed=CALIBRATION_SEED)]
+    samples = [CalibrationSample(s.images, s.prompt) for s in generated_samples(args.samples, TRAINED_KINDS, args.side, seed=CALIBRATION_SEED)]
     objective = FlowObjective(open_checkpoint(args.model), samples, blocks=(2, 3, 4))
     print("| schedule | cosine | plain, s a trial | kept, s a trial | times faster |\n|---|---|---|---|---|")
     for name in PRESETS:

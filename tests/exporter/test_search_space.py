@@ -21,24 +21,77 @@ def points(space: SearchSpace, draw: st.DataObject) -> dict[str, Any]:
     return point | {name: draw.draw(st.sampled_from(values), name) for name, values in space.categories().items()}
 
 
-@given(st.data(), st.floats(0.003, 1.0), st.integers(0, 3), st.booleans())
-def test_every_point_meets_the_keep_budget_and_spends_it(draw: st.DataObject, keep: float, tower_stages: int, paper: bool) -> None:
-    space = SearchSpace.for_model(SHAPE, Budget(keep=keep), tower_stages=tower_stages, paper=paper)
+@given(st.data(), st.floats(0.003, 1.0), st.booleans(), st.booleans())
+def test_every_point_meets_the_keep_budget_and_spends_it(draw: st.DataObject, keep: float, tower: bool, paper: bool) -> None:
+    space = SearchSpace.for_model(SHAPE, Budget(keep=keep), tower=tower, paper=paper)
     schedule = space.schedule(points(space, draw))
     schedule.check(SHAPE)
     layers = SHAPE.decoder.layers
     assert schedule.average_keep(layers) <= keep + 1e-12
-    last = layers - space.starts[-1]
-    assert schedule.average_keep(layers) > keep - (last + 1) / (layers * KEEP_UNIT)  # at most the rounding of one ratio is left
-    assert len(schedule.tower_stages) == tower_stages
+    assert schedule.average_keep(layers) > keep - 3 / KEEP_UNIT  # at most the rounding of three ratios is left
+    assert tower or not schedule.tower_stages
 
 
-@given(st.data(), st.floats(0.3, 0.9))
-def test_every_point_meets_a_flops_budget(draw: st.DataObject, share: float) -> None:
-    space = SearchSpace.for_model(SHAPE, Budget(keep=0.1, prefill_flops=share), tower_stages=2)
+@given(st.data(), st.floats(0.06, 0.95), st.one_of(st.none(), st.floats(0.01, 1.0)), st.booleans())
+def test_every_point_meets_a_flops_budget(draw: st.DataObject, share: float, keep: float | None, tower: bool) -> None:
+    budget = Budget(keep=keep, prefill_flops=share if tower else 0.75 + share / 4)  # without tower stages the tower's share is there to stay
+    space = SearchSpace.for_model(SHAPE, budget, tower=tower)
     schedule = space.schedule(points(space, draw))
+    schedule.check(SHAPE)
     size = {"rows": 32, "columns": 32, "text_tokens": 64}
-    assert cost(schedule, SHAPE, **size).flops <= share * cost(Schedule(), SHAPE, **size).flops
+    assert budget.prefill_flops is not None
+    assert cost(schedule, SHAPE, **size).flops <= budget.prefill_flops * cost(Schedule(), SHAPE, **size).flops
+    assert keep is None or schedule.average_keep(SHAPE.decoder.layers) <= keep + 1e-12
+
+
+@given(st.data(), st.floats(0.1, 0.6))
+def test_a_flops_budget_is_spent_where_the_tower_takes_what_it_leaves(draw: st.DataObject, share: float) -> None:
+    space = SearchSpace.for_model(SHAPE, Budget(keep=0.05, prefill_flops=share), tower=True)
+    point = points(space, draw) | {"pixel_keep": 1.0, "tower_keep_0": 1.0, "tower_keep_1": 1.0, "global_threshold": 0.0}
+    assert space.flops_share(space.schedule(point)) > share - 0.01
+
+
+def test_budgets_are_kept_at_the_ends_of_every_coordinate() -> None:
+    space = SearchSpace.for_model(SHAPE, Budget(keep=0.1, prefill_flops=0.2), tower=True)
+    for name in space.coordinates():
+        for value in (0.0, 1.0):
+            schedule = space.schedule(space.middle() | {name: value})
+            schedule.check(SHAPE)
+            assert space.flops_share(schedule) <= 0.2
+
+
+def test_the_number_of_stages_is_part_of_the_search() -> None:
+    space = SearchSpace.for_model(SHAPE, Budget(keep=0.3))
+    one = space.schedule(space.middle() | {"decoder_keep_0": 0.0, "decoder_keep_1": 0.0})
+    three = space.schedule(space.middle() | {"decoder_keep_0": 0.3, "decoder_keep_1": 0.3})
+    none_before = space.schedule(space.middle() | {"decoder_keep_0": 1.0, "decoder_place_0": 0.0})
+    assert (len(one.stages), len(three.stages)) == (1, 3)
+    assert none_before.first_stage is None or none_before.first_stage.keep > 900
+
+
+def test_the_paper_searches_ratios_at_thirds_and_always_merges() -> None:
+    space = SearchSpace.for_model(SHAPE, Budget(keep=0.25), paper=True)
+    schedule = space.schedule(space.middle())
+    assert {stage.layer for stage in schedule.stages} <= {0, 9, 18}
+    assert schedule.stages[0].recycle is not None
+    assert set(space.coordinates()) == {"decoder_keep_0", "decoder_keep_1", "global_threshold", "entropy_weight", "cell_size"}
+
+
+def test_what_is_fixed_does_not_vary() -> None:
+    fixed = (("entropy_weight", 0.5), ("recycle", 1.0), ("recycled_importance", "sum"))
+    space = SearchSpace(SHAPE, Budget(keep=0.1), decoder_places=(3, 9), beyond=True, fixed=fixed)
+    assert not {name for name, _ in fixed} & (set(space.coordinates()) | set(space.categories()))
+    schedule = space.schedule(space.middle())
+    assert (schedule.importance.entropy_weight, schedule.recycled_importance) == (0.0, "sum")
+    assert schedule.stages[0].recycle is not None
+
+
+def test_points_to_start_from_are_points_of_the_cube() -> None:
+    for tower in (False, True):
+        space = SearchSpace.for_model(SHAPE, Budget(keep=0.1), tower=tower, guidance=True)
+        for point in space.starts():
+            assert set(point) == set(space.middle())
+            space.schedule(point).check(SHAPE)
 
 
 @given(st.data(), st.integers(2**20, 2**25))
@@ -50,10 +103,10 @@ def test_every_point_meets_a_kv_budget(draw: st.DataObject, size: int) -> None:
 
 def test_a_budget_that_tower_stages_cannot_meet_is_refused() -> None:
     with pytest.raises(ScheduleError, match=r"prefill-flops 0\.01 cannot be met"):
-        SearchSpace.for_model(SHAPE, Budget(keep=0.1, prefill_flops=0.01), tower_stages=1)
+        SearchSpace.for_model(SHAPE, Budget(keep=0.1, prefill_flops=0.01), tower=True)
 
 
-@pytest.mark.parametrize("budget", [{}, {"keep": 0.0}, {"keep": 1.5}, {"prefill_flops": 2.0}])
+@pytest.mark.parametrize("budget", [{"keep": 0.0}, {"keep": 1.5}, {"prefill_flops": 2.0}])
 def test_senseless_budgets_are_refused(budget: dict[str, float]) -> None:
     with pytest.raises(ScheduleError):
         Budget(**budget)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ optuna = pytest.importorskip("optuna")
 
 @pytest.fixture(scope="module")
 def objective(random_checkpoint: Path) -> FlowObjective:
-    samples = [CalibrationSample(picture(4, 5, seed), "how many objects are there ?") for seed in range(3)]
+    samples = [CalibrationSample((picture(4, 5, seed),), "how many objects are there ?") for seed in range(3)]
     return FlowObjective(open_checkpoint(str(random_checkpoint)), samples, blocks=(1, 2))
 
 
@@ -83,6 +83,6 @@ def test_no_samples_are_refused(random_checkpoint: Path) -> None:
 
 
 def test_prompts_of_other_lengths_and_pictures_of_other_sizes_mix(random_checkpoint: Path) -> None:
-    samples = [CalibrationSample(picture(2, 3), "what is there ?"), CalibrationSample(picture(5, 4), "list the objects .")]
+    samples = [CalibrationSample((picture(2, 3),), "what is there ?"), CalibrationSample((picture(5, 4),), "list the objects .")]
     mixed = FlowObjective(open_checkpoint(str(random_checkpoint)), samples)
     assert np.isfinite(mixed.score(Schedule((Stage("decoder", 0, 300),))))

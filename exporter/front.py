@@ -1,0 +1,35 @@
+"""A front of quality against a resource, as files: a schedule a point, the numbers, and a plot where matplotlib is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from .plots import plot_lines
+from .schedule import ScheduleError
+from .tune import FrontPoint, Resource
+
+__all__ = ["COST_NAMES", "write_front"]
+
+COST_NAMES = {"kv": "average keep (share of the visual KV cache)", "flops": "prefill FLOPs, share of the unpruned"}
+
+
+def write_front(front: Sequence[FrontPoint], folder: Path, resource: Resource) -> None:
+    """Write ``front.json``, ``schedule-NN.json`` a point, cheapest first, and ``front.png``.
+
+    Raises:
+        ScheduleError: the folder holds other things already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ScheduleError(f"{folder} is not an empty folder; choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"schedule-{number:02d}.json" for number in range(len(front))]
+    for name, point in zip(names, front, strict=True):
+        point.schedule.save(folder / name)
+    rows = [{"schedule": name, "cosine": point.value, "cost": point.cost} for name, point in zip(names, front, strict=True)]
+    (folder / "front.json").write_text(json.dumps({"resource": resource, "points": rows}, indent=2) + "\n", encoding="utf-8")
+    if find_spec("matplotlib") is not None:
+        line = {"front": [(point.cost, point.value) for point in front]}
+        plot_lines(line, folder / "front.png", cost=COST_NAMES[resource], quality="mean cosine of the last hidden state", title="Front of schedules")

@@ -1,0 +1,58 @@
+"""Tune the schedules that ship for a model: at the keeps of the paper's tables, without and with stages inside the tower.
+
+python tools/tune_presets.py --model tiny --output exporter/tuned
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from vflow.exporter.checkpoint import open_checkpoint
+from vflow.exporter.data import CALIBRATION_SEED, generated_samples
+from vflow.exporter.models.qwen2_vl import model_shape
+from vflow.exporter.report import schedule_lines
+from vflow.exporter.search_space import Budget, SearchSpace
+from vflow.exporter.tiny.trained import BENCH_KINDS
+from vflow.exporter.tune import CalibrationSample, FlowObjective, tune_schedule
+
+KEEPS = (0.33, 0.22, 0.11, 0.10, 0.05)
+# Prefill FLOPs beside each keep, with tower stages. More cannot be saved for long: what the decoder keeps is what the tower must keep too.
+TOWER_FLOPS = {0.33: 0.45, 0.22: 0.35, 0.11: 0.25, 0.10: 0.25, 0.05: 0.20}
+TEXT_TOKENS = 12  # of the generated questions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
+    parser.add_argument("--tower", action=argparse.BooleanOptionalAction, help="only with, or only without, tower stages")
+    parser.add_argument("--samples", type=int, default=54)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--side", type=int, default=448)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    checkpoint = open_checkpoint(args.model)
+    shape, grid = model_shape(checkpoint.config), args.side // 28
+    samples = [CalibrationSample(s.images, s.prompt) for s in generated_samples(args.samples, BENCH_KINDS, args.side, seed=CALIBRATION_SEED)]
+    objective = FlowObjective(checkpoint, samples, blocks=range(2, shape.tower.blocks))
+    args.output.mkdir(parents=True, exist_ok=True)
+    for tower in (False, True) if args.tower is None else (args.tower,):
+        for keep in args.keeps:
+            began = time.monotonic()
+            budget = Budget(keep, prefill_flops=TOWER_FLOPS[keep] if tower else None, rows=grid, columns=grid, text_tokens=TEXT_TOKENS)
+            space = SearchSpace.for_model(shape, budget, tower=tower, guidance=True)
+            result = tune_schedule(objective, space, fingerprint=checkpoint.fingerprint, trials=args.trials)
+            path = args.output / f"{Path(args.model).name}-keep-{keep:.2f}{'-tower' if tower else ''}.json"
+            result.schedule.save(path)
+            print(f"{path}: cosine {result.value:.4f}, FLOPs {space.flops_share(result.schedule):.3f}, {time.monotonic() - began:.0f} s", flush=True)
+            for line in schedule_lines(result.schedule, shape):
+                print(f"    {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
