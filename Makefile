@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := $(wildcard exporter/*.py exporter/*/*.py exporter/tiny/checkpoint/* plugins/*.py engines/*.py engines/*/*.py)
+SOURCES := $(wildcard exporter/*.py exporter/*/*.py exporter/tiny/checkpoint/* exporter/tuned/* plugins/*.py engines/*.py engines/*/*.py)
 
 .PHONY: demo test test-slow lint clean
 

@@ -130,10 +130,15 @@ def build(
         with progress_bar() as progress:
             progress("open checkpoint", 0.0)
             checkpoint = open_checkpoint(model)
-            if schedule is None and keep is not None:
-                name = preset or ("tuned" if tuned_schedule(checkpoint.fingerprint, keep) else DEFAULT_PRESET)
-                schedule = preset_schedule(name, model_shape(checkpoint.config), keep, fingerprint=checkpoint.fingerprint)
-                origin = f"preset {name}, " + ("tuned for this model" if schedule.provenance.get("tuned", True) else "not tuned for this model")
+        if schedule is None and keep is not None:
+            tuned = tuned_schedule(checkpoint.fingerprint, keep) is not None
+            name = preset or ("tuned" if tuned else DEFAULT_PRESET)
+            schedule = preset_schedule(name, model_shape(checkpoint.config), keep, fingerprint=checkpoint.fingerprint)
+            origin = f"preset {name}, " + ("tuned for this model" if schedule.provenance.get("tuned", True) else "not tuned for this model")
+            if preset is None and not tuned and sys.stdin.isatty():
+                question = f"No schedule is tuned for keep {keep:g} (vflow-export tune makes one). Build with the untuned preset {name}?"
+                click.confirm(question, default=True, abort=True, err=True)
+        with progress_bar() as progress:
             options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force, capabilities)
             engine = build_engine(checkpoint, schedule or unpruned_schedule(), output, options, progress=progress)
         Console().print(build_table(engine))
