@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar
 from ..exporter.schedule import Schedule, ScheduleError, keep_count
 from ..exporter.shape import DecoderShape, ModelShape, TowerShape
 from .errors import EngineError
+from .fields import choice, count, field, positive
+from .graphs import Graph, Target, TensorInfo, parse_graph, parse_targets
 from .preprocess import ImageProcessorConfig
 
 __all__ = [
@@ -33,7 +35,6 @@ __all__ = [
 MANIFEST_FORMAT = 1
 FAMILIES = ("qwen2_vl",)
 PRECISIONS = ("fp32", "fp16")
-GRAPHS = ("vision", "language")
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SHA256_DIGITS = 64
@@ -80,29 +81,6 @@ class TokenIds:
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """One graph input or output; a dimension is a size or a name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One ONNX file of the engine, and what goes in and comes out."""
-
-    file: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs, in graph order."""
-        return tuple(tensor.name for tensor in self.inputs)
-
-
-@dataclass(frozen=True)
 class FileEntry:
     """Checksum (lower-case hexadecimal) and size in bytes of one file."""
 
@@ -129,6 +107,7 @@ class Engine:
     language: Graph
     files: Mapping[str, FileEntry]
     environment: Mapping[str, Any]
+    targets: Mapping[str, Target]  # by name; none where ONNX Runtime alone was asked for
 
     @property
     def tokenizer_path(self) -> Path:
@@ -163,30 +142,31 @@ def parse_manifest(values: Any, path: Path) -> Engine:
     """
     if not isinstance(values, Mapping):
         raise EngineError("must be a JSON object")
-    version = _field(values, "format", int)
+    version = field(values, "format", int)
     if version != MANIFEST_FORMAT:
         age = "newer" if version > MANIFEST_FORMAT else "older"
         raise EngineError(f"format {version} is {age} than the one that this vflow-export reads ({MANIFEST_FORMAT}); use the version that wrote it")
-    precision: Precision = _choice(values, "precision", PRECISIONS)
-    model = _field(values, "model", Mapping)
-    graphs = _field(values, "graphs", Mapping)
-    files = _files(_field(values, "files", Mapping))
+    precision: Precision = choice(values, "precision", PRECISIONS)
+    model = field(values, "model", Mapping)
+    graphs = field(values, "graphs", Mapping)
+    files = _files(field(values, "files", Mapping))
     engine = Engine(
         path=path,
-        family=_choice(values, "family", FAMILIES),
-        model_name=_field(model, "name", str, "model."),
-        model_fingerprint=_field(model, "fingerprint", str, "model."),
+        family=choice(values, "family", FAMILIES),
+        model_name=field(model, "name", str, "model."),
+        model_fingerprint=field(model, "fingerprint", str, "model."),
         precision=precision,
-        shape=_shape(_field(values, "shape", Mapping)),
-        schedule=_schedule(_field(values, "schedule", Mapping)),
-        limits=_limits(_field(values, "limits", Mapping)),
-        segments=_segments(_field(values, "segments", list)),
-        tokens=_tokens(_field(values, "tokens", Mapping)),
-        image_processor=_image_processor(_field(values, "image_processor", Mapping)),
-        vision=_graph(graphs, "vision"),
-        language=_graph(graphs, "language"),
+        shape=_shape(field(values, "shape", Mapping)),
+        schedule=_schedule(field(values, "schedule", Mapping)),
+        limits=_limits(field(values, "limits", Mapping)),
+        segments=_segments(field(values, "segments", list)),
+        tokens=_tokens(field(values, "tokens", Mapping)),
+        image_processor=_image_processor(field(values, "image_processor", Mapping)),
+        vision=parse_graph(graphs, "vision"),
+        language=parse_graph(graphs, "language"),
         files=files,
-        environment=_field(values, "environment", Mapping),
+        environment=field(values, "environment", Mapping),
+        targets=parse_targets(field(values, "targets", Mapping)) if "targets" in values else {},
     )
     _check_consistency(engine)
     return engine
@@ -213,49 +193,24 @@ def _check_consistency(engine: Engine) -> None:
             raise EngineError(f"segment of layers {segment.first_layer}..{segment.end_layer - 1} is smaller than limits ask for")
     if engine.image_processor.merge_size != engine.shape.tower.merge_size:
         raise EngineError("image_processor.merge_size differs from shape.tower.merge_size")
-    for name in (engine.vision.file, engine.language.file, TOKENIZER_FILE, CHAT_TEMPLATE_FILE):
+    built = [graph for target in engine.targets.values() for graph in (target.vision, target.language)]
+    for target in engine.targets.values():
+        for graph, ours in ((engine.vision, target.vision), (engine.language, target.language)):
+            if [tensor.name for tensor in (*graph.inputs, *graph.outputs)] != [tensor.name for tensor in (*ours.inputs, *ours.outputs)]:
+                raise EngineError(f"targets.{target.name}: {ours.file} has other inputs or outputs than {graph.file}")
+    of_targets = [name for graph in built for name in (graph.file, graph.log, graph.layers)]
+    for name in (engine.vision.file, engine.language.file, TOKENIZER_FILE, CHAT_TEMPLATE_FILE, *of_targets):
         if name not in engine.files:
             raise EngineError(f"files does not list {name}")
 
 
-def _field(values: Mapping[str, Any], key: str, kind: type, where: str = "") -> Any:
-    if key not in values:
-        raise EngineError(f"field {where}{key} is missing")
-    value = values[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        names: dict[type, str] = {int: "a whole number", str: "a string", list: "a list", Mapping: "an object"}
-        raise EngineError(f"field {where}{key} must be {names[kind]}, got {value!r:.60}")
-    return value
-
-
-def _positive(values: Mapping[str, Any], key: str, where: str) -> int:
-    value: int = _field(values, key, int, where)
-    if value < 1:
-        raise EngineError(f"field {where}{key} must be at least 1, got {value}")
-    return value
-
-
-def _count(values: Mapping[str, Any], key: str, where: str) -> int:
-    value: int = _field(values, key, int, where)
-    if value < 0:
-        raise EngineError(f"field {where}{key} must be at least 0, got {value}")
-    return value
-
-
-def _choice(values: Mapping[str, Any], key: str, known: tuple[str, ...]) -> Any:
-    value = _field(values, key, str)
-    if value not in known:
-        raise EngineError(f"{key} {value!r} is not known (known: {', '.join(known)})")
-    return value
-
-
 def _sizes(kind: type[Sizes], values: Mapping[str, Any], where: str) -> Sizes:
-    return kind(**{field.name: _positive(values, field.name, where) for field in fields(kind)})
+    return kind(**{size.name: positive(values, size.name, where) for size in fields(kind)})
 
 
 def _shape(values: Mapping[str, Any]) -> ModelShape:
-    tower = _sizes(TowerShape, _field(values, "tower", Mapping, "shape."), "shape.tower.")
-    decoder = _sizes(DecoderShape, _field(values, "decoder", Mapping, "shape."), "shape.decoder.")
+    tower = _sizes(TowerShape, field(values, "tower", Mapping, "shape."), "shape.tower.")
+    decoder = _sizes(DecoderShape, field(values, "decoder", Mapping, "shape."), "shape.decoder.")
     return ModelShape(tower, decoder)
 
 
@@ -267,7 +222,7 @@ def _schedule(values: Mapping[str, Any]) -> Schedule:
 
 
 def _limits(values: Mapping[str, Any]) -> Limits:
-    return Limits(_positive(values, "max_visual_tokens", "limits."), _positive(values, "max_text_tokens", "limits."))
+    return Limits(positive(values, "max_visual_tokens", "limits."), positive(values, "max_text_tokens", "limits."))
 
 
 def _segments(values: Sequence[Any]) -> tuple[Segment, ...]:
@@ -276,20 +231,20 @@ def _segments(values: Sequence[Any]) -> tuple[Segment, ...]:
         where = f"segments[{number}]."
         if not isinstance(value, Mapping):
             raise EngineError(f"segments[{number}] must be an object, got {value!r:.60}")
-        segments.append(Segment(**{field.name: _count(value, field.name, where) for field in fields(Segment)}))
+        segments.append(Segment(**{size.name: count(value, size.name, where) for size in fields(Segment)}))
     return tuple(segments)
 
 
 def _tokens(values: Mapping[str, Any]) -> TokenIds:
-    stop = _field(values, "stop", list, "tokens.")
+    stop = field(values, "stop", list, "tokens.")
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in stop):
         raise EngineError(f"field tokens.stop must be a list of token ids, got {stop!r:.60}")
-    image, start, end = (_count(values, key, "tokens.") for key in ("image", "vision_start", "vision_end"))
+    image, start, end = (count(values, key, "tokens.") for key in ("image", "vision_start", "vision_end"))
     return TokenIds(image, start, end, tuple(stop))
 
 
 def _image_processor(values: Mapping[str, Any]) -> ImageProcessorConfig:
-    sizes = {k: _positive(values, k, "image_processor.") for k in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")}
+    sizes = {k: positive(values, k, "image_processor.") for k in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")}
     mean, std = (_channels(values, key) for key in ("image_mean", "image_std"))
     if min(std) <= 0:
         raise EngineError("field image_processor.image_std must be positive")
@@ -297,26 +252,10 @@ def _image_processor(values: Mapping[str, Any]) -> ImageProcessorConfig:
 
 
 def _channels(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
-    channels = _field(values, key, list, "image_processor.")
+    channels = field(values, key, list, "image_processor.")
     if len(channels) != 3 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in channels):
         raise EngineError(f"field image_processor.{key} must be three numbers, got {channels!r:.60}")
     return tuple(float(v) for v in channels)
-
-
-def _graph(graphs: Mapping[str, Any], name: str) -> Graph:
-    where = f"graphs.{name}."
-    values = _field(graphs, name, Mapping, "graphs.")
-    inputs, outputs = (tuple(_tensor(v, f"{where}{side}") for v in _field(values, side, list, where)) for side in ("inputs", "outputs"))
-    return Graph(_field(values, "file", str, where), inputs, outputs)
-
-
-def _tensor(values: Any, where: str) -> TensorInfo:
-    if not isinstance(values, Mapping):
-        raise EngineError(f"field {where}[] must be an object, got {values!r:.60}")
-    shape = _field(values, "shape", list, f"{where}[].")
-    if not all(isinstance(size, (int, str)) and not isinstance(size, bool) for size in shape):
-        raise EngineError(f"field {where}[].shape must hold sizes and names, got {shape!r:.60}")
-    return TensorInfo(_field(values, "name", str, f"{where}[]."), _field(values, "dtype", str, f"{where}[]."), tuple(shape))
 
 
 def _files(values: Mapping[str, Any]) -> dict[str, FileEntry]:
@@ -325,10 +264,10 @@ def _files(values: Mapping[str, Any]) -> dict[str, FileEntry]:
         _check_relative(name)
         if not isinstance(entry, Mapping):
             raise EngineError(f"field files.{name} must be an object, got {entry!r:.60}")
-        sha256: str = _field(entry, "sha256", str, f"files.{name}.")
+        sha256: str = field(entry, "sha256", str, f"files.{name}.")
         if len(sha256) != SHA256_DIGITS or not set(sha256) <= set("0123456789abcdef"):
             raise EngineError(f"field files.{name}.sha256 must be {SHA256_DIGITS} hexadecimal digits, got {sha256!r:.80}")
-        files[name] = FileEntry(sha256, _count(entry, "size", f"files.{name}."))
+        files[name] = FileEntry(sha256, count(entry, "size", f"files.{name}."))
     return files
 
 

@@ -15,7 +15,8 @@ import onnx_ir as ir
 import torch
 
 from ..engines.directory import kv_segments, open_engine, write_engine_directory
-from ..engines.manifest import MANIFEST_FORMAT, Engine
+from ..engines.graphs import parse_graph
+from ..engines.manifest import MANIFEST_FORMAT, Engine, Limits
 from ..engines.preprocess import ImageProcessorConfig
 from ..plugins.compile import check_target, compile_plugins
 from .checkpoint import Checkpoint, CheckpointError
@@ -24,6 +25,7 @@ from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
 from .onnx_writer import write_graphs
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS
 from .schedule import Schedule
+from .tensorrt_targets import build_target, check_targets, gpu_capability
 from .trace import trace_language, trace_vision
 
 __all__ = [
@@ -49,7 +51,9 @@ class BuildOptions:
     max_visual_tokens: int = DEFAULT_MAX_VISUAL_TOKENS
     max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
     force: bool = False
-    compute_capabilities: tuple[str, ...] = ()  # GPUs for which the ops' kernels are compiled into plugins/, such as "9.0"
+    # GPUs such as "8.9". With the target tensorrt-rtx its engines are for these; else the ops' kernels are compiled for them into plugins/.
+    compute_capabilities: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()  # of engines.graphs.TARGETS; ONNX Runtime can run every engine directory
 
 
 def build_engine(
@@ -61,6 +65,7 @@ def build_engine(
         CheckpointError, CompileError, EngineError, ScheduleError: what is wrong with model, kernels, target or schedule; nothing is left behind.
     """
     started = time.monotonic()
+    check_targets(options.targets, options.compute_capabilities)
     dtype = PRECISIONS[options.precision]
     shape = model_shape(checkpoint.config)
     schedule.check(shape, fingerprint=checkpoint.fingerprint)
@@ -79,13 +84,24 @@ def build_engine(
         graphs = [(vision, VISION_FILE), (language, LANGUAGE_FILE)]
         write_graphs(graphs, checkpoint, folder, progress=lambda done, total: progress("write weights", done / max(total, 1)))
         schedule.save(folder / SCHEDULE_FILE)
-        if options.compute_capabilities:
+        capabilities = _kernel_capabilities(options)
+        if capabilities:
             compile_plugins(
-                folder / PLUGINS_FOLDER, shape, options.precision, options.compute_capabilities,
+                folder / PLUGINS_FOLDER, shape, options.precision, capabilities,
                 progress=lambda done, total: progress("compile kernels", done / total),
             )  # fmt: skip
+        limits = Limits(options.max_visual_tokens, options.max_text_tokens)
+        segments = kv_segments(schedule, shape.decoder.layers, **vars(limits))
+        interfaces = {"vision": _interface(vision, VISION_FILE), "language": _interface(language, LANGUAGE_FILE)}
+        targets = {}
+        for target in options.targets:
+            rtx = target == "tensorrt-rtx"
+            targets[target] = build_target(
+                target, folder, {name: parse_graph(interfaces, name) for name in interfaces}, segments, limits,
+                compute_capabilities=options.compute_capabilities if rtx else (str(gpu_capability()),),
+                plugins=None if rtx else folder / PLUGINS_FOLDER, progress=progress,
+            )  # fmt: skip
         progress("check sums", 0.0)
-        segments = kv_segments(schedule, shape.decoder.layers, max_visual_tokens=options.max_visual_tokens, max_text_tokens=options.max_text_tokens)
         manifest.update(
             format=MANIFEST_FORMAT,
             family=FAMILY,
@@ -93,12 +109,13 @@ def build_engine(
             precision=options.precision,
             shape=shape.to_dict(),
             schedule=schedule.to_dict(),
-            limits={"max_visual_tokens": options.max_visual_tokens, "max_text_tokens": options.max_text_tokens},
+            limits=vars(limits),
             segments=[vars(segment) for segment in segments],
             tokens=tokens,
             image_processor=vars(processor),
-            graphs={"vision": _interface(vision, VISION_FILE), "language": _interface(language, LANGUAGE_FILE)},
+            graphs=interfaces,
             environment=_environment(time.monotonic() - started),
+            **({"targets": targets} if targets else {}),
         )
     return open_engine(output, check_hashes=False)
 
@@ -107,8 +124,15 @@ def _check_limits(checkpoint: Checkpoint, options: BuildOptions) -> None:
     context = checkpoint.config.text_config.max_position_embeddings
     if options.max_text_tokens > context:
         raise CheckpointError(f"--max-text-tokens {options.max_text_tokens}: the model's context is {context} tokens")
-    for capability in options.compute_capabilities:
+    for capability in _kernel_capabilities(options):
         check_target(options.precision, capability)
+
+
+def _kernel_capabilities(options: BuildOptions) -> tuple[str, ...]:
+    """GPUs for which the ops' kernels are compiled: TensorRT runs them on the GPU here, TensorRT for RTX takes function bodies instead."""
+    if "tensorrt" in options.targets:
+        return (str(gpu_capability()),)
+    return () if "tensorrt-rtx" in options.targets else options.compute_capabilities
 
 
 def copy_text_files(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vflow.exporter.tensorrt_library import load_library
 
 trt = pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("polygraphy")
+LIBRARY = load_library("tensorrt-rtx")  # with the logger that all builders of this process have: only the first is ever used
 
 # What the parser and builder say without anything being wrong.
 HARMLESS = re.compile(
@@ -20,29 +23,15 @@ HARMLESS = re.compile(
 LENGTH_ONLY = re.compile(r"Input Tensor (survivors|cells|budget_tokens) is unused or used only at compile-time")
 
 
-class _Logger(trt.ILogger):
-    """Keeps warnings and errors; one for all builders, since only the first is ever used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity <= trt.ILogger.WARNING:
-            self.lines.append(message)
-
-
-LOGGER = _Logger()
-
-
 class Parsed:
     """A network that the ONNX parser made; ``complaints`` are its warnings that matter."""
 
     def __init__(self, model: bytes, path: str = "") -> None:
-        LOGGER.lines.clear()
-        self.builder = trt.Builder(LOGGER)
+        LIBRARY.log.clear()
+        logger = LIBRARY.loaders.get_trt_logger()
+        self.builder = trt.Builder(logger)
         self.network = self.builder.create_network(0)
-        self.parser = trt.OnnxParser(self.network, LOGGER)
+        self.parser = trt.OnnxParser(self.network, logger)
         parsed = self.parser.parse(model, path) if path else self.parser.parse(model)
         errors = [self.parser.get_error(i).desc() for i in range(self.parser.num_errors)]
         assert parsed, errors
@@ -83,9 +72,9 @@ class Parsed:
             profile.set_shape(tensor.name, *sizes(tensor.name, list(tensor.shape)))
         configuration.add_optimization_profile(profile)
         engine = self.builder.build_serialized_network(self.network, configuration)
-        assert engine is not None, LOGGER.lines
+        assert engine is not None, LIBRARY.said("WARNING")
         return bytes(engine)
 
     @property
     def complaints(self) -> list[str]:
-        return [line for line in LOGGER.lines if not HARMLESS.search(line) and not LENGTH_ONLY.search(line)]
+        return [line for line in LIBRARY.said("WARNING") if not HARMLESS.search(line) and not LENGTH_ONLY.search(line)]

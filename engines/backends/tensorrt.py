@@ -1,0 +1,231 @@
+"""TensorRT and TensorRT for RTX: the engines of one target on the first GPU, behind the same session as ONNX Runtime.
+
+Buffers are allocated once: the KV caches at their capacity, bound as input and as output; inputs and outputs at their largest. Prefill and decode are
+one engine with a context for each profile; all contexts share one scratch buffer, since they run one after another.
+
+**Not run anywhere yet**: written from the documentation of TensorRT, on a machine without a GPU. Tests run it on stand-ins for library and driver,
+which shows what is called in which order, and what is said when something is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import EngineError
+from ..graphs import TARGETS, BuiltEngine, Target, TensorInfo
+from ..manifest import Engine
+from .cuda import Buffer, Device
+
+__all__ = ["TensorRTBackend"]
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+DTYPES: dict[str, Any] = {"float16": np.float16, "float": np.float32, "float32": np.float32, "int64": np.int64, "int32": np.int32}
+PAST, PRESENT = "past_key_values.", "present."
+
+
+class TensorRTBackend:
+    """The engines of one target, loaded for one request at a time.
+
+    Args:
+        engine: checked engine directory.
+        target: ``tensorrt-rtx`` or ``tensorrt``; None takes the one that the directory has.
+        library, runtime: ``tensorrt_rtx`` (or ``tensorrt``) and ``cuda.bindings.runtime``, or what stands in for them in tests.
+
+    Raises:
+        EngineError: no engines for the target, no library, no GPU, one of another compute capability, or an engine that the library refuses. All but
+            the last before anything large is loaded.
+    """
+
+    def __init__(self, engine: Engine, *, target: str | None = None, library: Any = None, runtime: Any = None) -> None:
+        built = _choose_target(engine, target)
+        self._trt = library or _import_library(built.name)
+        self.device = Device(runtime)
+        _check_capability(built, self.device.compute_capability)
+        self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
+        self._logger, self._errors = _logger(self._trt)
+        loader = self._trt.Runtime(self._logger)
+        self._scratch: Buffer | None = None
+        self._vision = _Loaded(self, loader, engine, built, built.vision)
+        self._language = _Loaded(self, loader, engine, built, built.language)
+        self._caches = {name: buffer for name, buffer in self._language.buffers.items() if name.startswith(PAST)}
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV caches."""
+        return sum(self._language.largest(self._language.tensors[name]) for name in self._caches)
+
+    def clear_caches(self) -> None:
+        """Overwrite the caches with zeros: masked positions must hold finite numbers, since 0 · NaN is NaN."""
+        for buffer in self._caches.values():
+            buffer.clear()
+
+    def vision(
+        self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
+    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
+        """One image: float32 [rows, columns, G, patch_dim], float32 [rows, columns, G] and N; results as the vision graph's."""
+        rows, columns = pixel_values.shape[:2]
+        sizes = {"rows": rows, "columns": columns, "budget": budget}
+        feed = {"pixel_values": pixel_values, "entropy": entropy, "budget_tokens": np.zeros(budget, np.int32)}
+        outputs = self._vision.run(sizes, feed, ("visual_embeds", "importance", "index"))
+        return outputs["visual_embeds"], outputs["importance"], outputs["index"]
+
+    def language(
+        self,
+        *,
+        input_ids: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        visual_embeds: NDArray[Any],
+        visual_positions: NDArray[np.int64],
+        importance: NDArray[np.float32],
+        budget: int,
+        past_lengths: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Append S tokens to the caches; arguments and results as the language graph's, for B = 1."""
+        sizes = {"batch": 1, "length": input_ids.shape[1], "visual": visual_positions.size, "budget": budget}
+        feed = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "visual_embeds": visual_embeds,
+            "visual_positions": visual_positions,
+            "importance": importance,
+            "budget_tokens": np.zeros(budget, np.int32),
+            "past_lengths": past_lengths,
+        }
+        outputs = self._language.run(sizes, feed, ("logits", "last_hidden"))
+        return outputs["logits"][0], outputs["last_hidden"][0]
+
+    def scratch(self, size: int) -> Buffer:
+        """Memory for a context's activations, shared by all; it grows to what the largest request needed."""
+        if self._scratch is None or self._scratch.size < size:
+            if self._scratch is not None:
+                self.device.synchronize()  # a context may still be using it
+                self._scratch.free()
+            self._scratch = Buffer(self.device, size)
+        return self._scratch
+
+    def first_error(self) -> str:
+        """What the library said first since it was last asked."""
+        line = self._errors[0].strip().splitlines()[0] if self._errors else "its log says nothing"
+        self._errors.clear()
+        return line
+
+
+class _Loaded:
+    """One engine, a context for each of its profiles, and a buffer for each of its tensors."""
+
+    def __init__(self, backend: TensorRTBackend, loader: Any, engine: Engine, target: Target, built: BuiltEngine) -> None:
+        self.backend, self.built = backend, built
+        self.path = engine.path / built.file
+        self.tensors = {tensor.name: tensor for tensor in (*built.inputs, *built.outputs)}
+        self._symbols = _largest_sizes(engine, built)
+        self._engine = loader.deserialize_cuda_engine(self.path.read_bytes())
+        if self._engine is None:
+            library = f"{backend._trt.__name__} {backend._trt.__version__}, built with {target.versions.get(backend._trt.__name__, 'another')}"
+            raise EngineError(f"{self.path}: {library}, cannot load it ({backend.first_error()}); build the engine again")
+        self._check_interface()
+        self._contexts: dict[int, Any] = {}
+        self.buffers: dict[str, Buffer] = {}
+        for name, tensor in self.tensors.items():  # inputs come first, and a cache's output is its input
+            shared = name.replace(PRESENT, PAST, 1) if name.startswith(PRESENT) else None
+            self.buffers[name] = self.buffers[shared] if shared else Buffer(backend.device, self.largest(tensor))
+
+    def largest(self, tensor: TensorInfo) -> int:
+        """Most bytes that a tensor can have."""
+        sizes = [size if isinstance(size, int) else self._symbols[size] for size in tensor.shape]
+        return math.prod(sizes) * int(np.dtype(DTYPES[tensor.dtype]).itemsize)
+
+    def run(self, sizes: Mapping[str, int], feed: Mapping[str, NDArray[Any]], wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        """Run once, in the smallest profile that admits these sizes.
+
+        Raises:
+            EngineError: no profile does, or the library failed.
+        """
+        place = self.built.profile_for(**sizes)
+        if place is None:
+            asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise EngineError(f"{self.path.name} has no profile for {asked}; ask for less, or build with larger limits")
+        context = self._context(place)
+        kept = []  # arrays must outlive the copies
+        for tensor in self.built.inputs:
+            if not tensor.name.startswith(PAST):
+                kept.append(np.ascontiguousarray(feed[tensor.name], DTYPES[tensor.dtype]))
+                self.buffers[tensor.name].write(kept[-1])
+            self._set_shape(context, tensor, sizes)
+        scratch = self.backend.scratch(context.update_device_memory_size_for_shapes())
+        context.set_device_memory(scratch.address, scratch.size)
+        if not context.execute_async_v3(int(self.backend.device.stream)):
+            raise EngineError(f"{self.path.name} failed ({self.backend.first_error()}); try a smaller request")
+        shapes = {name: tuple(context.get_tensor_shape(name)) for name in wanted}
+        return {name: self.buffers[name].read(shape, DTYPES[self.tensors[name].dtype]) for name, shape in shapes.items()}
+
+    def _context(self, place: int) -> Any:
+        """The context of a profile, made when it is first needed; its tensors' addresses never change."""
+        if place not in self._contexts:
+            context = self._engine.create_execution_context(self.backend._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if context is None or not context.set_optimization_profile_async(place, int(self.backend.device.stream)):
+                raise EngineError(f"{self.path.name}: no context for profile {self.built.profiles[place].name} ({self.backend.first_error()})")
+            for name, buffer in self.buffers.items():
+                context.set_tensor_address(name, buffer.address)
+            self._contexts[place] = context
+        return self._contexts[place]
+
+    def _set_shape(self, context: Any, tensor: TensorInfo, sizes: Mapping[str, int]) -> None:
+        shape = tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape)
+        if not context.set_input_shape(tensor.name, shape):
+            raise EngineError(f"{self.path.name} refuses {tensor.name} of shape {list(shape)} ({self.backend.first_error()})")
+
+    def _check_interface(self) -> None:
+        names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
+        if sorted(names) != sorted(self.tensors):
+            raise EngineError(f"{self.path}: its inputs and outputs are not those of the manifest; build the engine again")
+
+
+def _largest_sizes(engine: Engine, built: BuiltEngine) -> dict[str, int]:
+    """The most that each free dimension can be, over all profiles; the survivors of an image are not of a profile."""
+    largest = {"survivors": engine.limits.max_visual_tokens}
+    for profile in built.profiles:
+        for name, (_, _, most) in profile.sizes.items():
+            largest[name] = max(most, largest.get(name, 0))
+    return largest
+
+
+def _choose_target(engine: Engine, target: str | None) -> Target:
+    for name in TARGETS if target is None else (target,):
+        if name in engine.targets:
+            return engine.targets[name]
+    what = f"no engines for {target}" if target else "no TensorRT engines"
+    raise EngineError(f"{engine.path} holds {what}; build it with --target {target or TARGETS[0]}")
+
+
+def _import_library(target: str) -> Any:
+    try:
+        return importlib.import_module(MODULES[target])
+    except ImportError:
+        raise EngineError(f"{MODULES[target]} is missing; pip install 'vflow-export[{target}]'") from None
+
+
+def _check_capability(target: Target, here: str) -> None:
+    if target.compute_capabilities and here not in target.compute_capabilities:
+        built = ", ".join(target.compute_capabilities)
+        raise EngineError(f"the engines are for GPUs of compute capability {built}, this one has {here}; build with --compute-capability {here}")
+
+
+def _logger(trt: Any) -> tuple[Any, list[str]]:
+    """A logger for the library, and the errors that it has been given."""
+    errors: list[str] = []
+
+    class Errors(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.ERROR):
+                errors.append(message)
+
+    return Errors(), errors

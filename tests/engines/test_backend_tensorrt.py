@@ -1,0 +1,169 @@
+"""The TensorRT backend on stand-ins for library and driver: answers as of ONNX Runtime, memory that stays in place, one line for what is missing.
+
+No engine runs here: the stand-in executes the ONNX graph on the very memory, shapes and profile that the backend gave its contexts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import picture
+from tensorrt_standins import FakeCuda, FakeTensorRT
+from vflow.engines import EngineError, SamplingParams, Session
+from vflow.engines.backends.onnxruntime import OnnxRuntimeBackend
+from vflow.engines.backends.tensorrt import TensorRTBackend
+from vflow.engines.graphs import BuiltEngine, Graph, Profile, Target
+from vflow.engines.manifest import Engine
+from vflow.exporter.schedule import Schedule, Stage
+from vflow.exporter.tensorrt_graph import engine_interface
+from vflow.exporter.tensorrt_profiles import language_profiles, vision_profiles
+
+SCHEDULE = Schedule((Stage("tower", 2, 700), Stage("decoder", 0, 500, 2.0), Stage("decoder", 2, 250)), guidance_weight=0.5)
+PROMPT = "how many objects are there ?"
+
+
+def as_built(engine: Engine, graph: Graph, profiles: tuple[Profile, ...]) -> BuiltEngine:
+    inputs, outputs = engine_interface(graph, engine.segments)
+    return BuiltEngine(graph.file, "log", "layers", inputs, outputs, profiles, 1, 1.0, None)
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def engine(request: pytest.FixtureRequest, build: Callable[..., Engine], random_checkpoint: Path) -> Engine:
+    """Its graphs stand for the engines built from them."""
+    engine = build(random_checkpoint, SCHEDULE, request.param)
+    vision = as_built(engine, engine.vision, vision_profiles(engine.limits))
+    language = as_built(engine, engine.language, language_profiles(engine.segments, engine.limits))
+    return dataclasses.replace(engine, targets={"tensorrt-rtx": Target("tensorrt-rtx", {"tensorrt_rtx": "1.6"}, ("8.9", "12.0"), vision, language)})
+
+
+@pytest.fixture
+def library(engine: Engine) -> FakeTensorRT:
+    return FakeTensorRT([engine.path / engine.vision.file, engine.path / engine.language.file])
+
+
+def test_answers_are_those_of_onnx_runtime(engine: Engine, library: FakeTensorRT) -> None:
+    cuda = FakeCuda()
+    ours = Session(engine, backend=TensorRTBackend(engine, library=library, runtime=cuda))
+    theirs = Session(engine, backend=OnnxRuntimeBackend(engine, provider="cpu"))
+    greedy = SamplingParams()
+    for images in ([picture(6, 5)], [], [picture(4, 3, 1), picture(5, 5, 2)], [picture(1, 20)]):
+        answers = [session.generate(PROMPT, images, max_new_tokens=5, sampling=greedy) for session in (ours, theirs)]
+        assert answers[0].token_ids == answers[1].token_ids
+        assert answers[0].to_dict()["visual_tokens"] == answers[1].to_dict()["visual_tokens"]
+        assert answers[0].to_dict()["kv_bytes"] == answers[1].to_dict()["kv_bytes"]
+
+
+def test_prefill_and_decode_have_a_context_each_and_no_buffer_moves(engine: Engine, library: FakeTensorRT) -> None:
+    cuda = FakeCuda()
+    session = Session(engine, backend=TensorRTBackend(engine, library=library, runtime=cuda))
+
+    def request() -> None:
+        session.prefill(session.prepare(PROMPT, [picture(6, 5)]))
+        for token in (9, 10, 11):
+            session.decode(token)
+
+    request()
+    square, prefill, decode = library.contexts
+    assert [context.profile for context in (square, prefill, decode)] == [0, 0, 1]
+    assert (prefill.runs, decode.runs) == (1, 3)
+    assert prefill.addresses == decode.addresses
+    for name, address in prefill.addresses.items():
+        if name.startswith("present."):
+            assert address == prefill.addresses[name.replace("present.", "past_key_values.")]
+    assert len({address for name, address in prefill.addresses.items() if not name.startswith("present.")}) == len(engine.language.inputs) + 2
+    before, addresses = list(cuda.calls), dict(prefill.addresses)
+    request()
+    assert cuda.calls == before  # nothing is allocated for a second request
+    assert prefill.addresses == addresses and len(library.contexts) == 3
+
+
+def test_tall_and_wide_images_take_their_own_profiles(engine: Engine, library: FakeTensorRT) -> None:
+    session = Session(engine, backend=TensorRTBackend(engine, library=library, runtime=FakeCuda()))
+    for image in (picture(30, 1), picture(1, 30)):
+        session.generate(PROMPT, [image], max_new_tokens=1)
+    names = [profile.name for profile in engine.targets["tensorrt-rtx"].vision.profiles]
+    assert [names[context.profile] for context in library.contexts if "input_ids" not in context.shapes] == ["tall", "wide"]
+
+
+def test_clearing_the_caches_overwrites_them(engine: Engine, library: FakeTensorRT) -> None:
+    cuda = FakeCuda()
+    backend = TensorRTBackend(engine, library=library, runtime=cuda)
+    Session(engine, backend=backend).generate(PROMPT, [picture(6, 5)], max_new_tokens=2)
+    prefill = library.contexts[1]
+    caches = [cuda.memory[address] for name, address in prefill.addresses.items() if name.startswith("past_key_values.")]
+    assert all(any(cache.raw) for cache in caches)
+    backend.clear_caches()
+    assert not any(any(cache.raw) for cache in caches)
+
+
+def test_sizes_beyond_every_profile_are_refused(engine: Engine, library: FakeTensorRT) -> None:
+    backend = TensorRTBackend(engine, library=library, runtime=FakeCuda())
+    group, patch_dim = engine.shape.tower.group, engine.shape.tower.patch_dim
+    with pytest.raises(EngineError, match=r"^vision.onnx has no profile for rows 40, columns 40, budget 1600; ask for less"):
+        backend.vision(np.zeros((40, 40, group, patch_dim), np.float32), np.zeros((40, 40, group), np.float32), 1600)
+
+
+def test_a_failed_execution_is_said_in_one_line(engine: Engine, library: FakeTensorRT) -> None:
+    backend = TensorRTBackend(engine, library=library, runtime=FakeCuda())
+    library.failing = True
+    with pytest.raises(EngineError, match=r"^vision.onnx failed \(Cuda Runtime \(an illegal memory access\)\); try a smaller request$"):
+        Session(engine, backend=backend).generate(PROMPT, [picture(6, 5)], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "message"),
+    [
+        (FakeCuda(devices=0), "no NVIDIA GPU that CUDA can use (cudaErrorNoDevice); use ONNX Runtime"),
+        (FakeCuda(driver=0), "no NVIDIA GPU that CUDA can use (cudaErrorInsufficientDriver); install its driver, or use ONNX Runtime"),
+        (FakeCuda(driver=12040), "its driver is for CUDA 12.4 and CUDA 13.5 is needed: update the driver"),
+        (
+            FakeCuda(capability="9.0"),
+            "the engines are for GPUs of compute capability 8.9, 12.0, this one has 9.0; build with --compute-capability 9.0",
+        ),
+        (FakeCuda(room=1000), "CUDA: cudaMalloc failed (cudaErrorMemoryAllocation); free memory on the GPU, or use ONNX Runtime"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(engine: Engine, library: FakeTensorRT, cuda: FakeCuda, message: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        TensorRTBackend(engine, library=library, runtime=cuda)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("refused", "tensorrt_rtx 1.7, built with 1.6, cannot load it (Version tag does not match.); build the engine again"),
+        ("incomplete", "its inputs and outputs are not those of the manifest; build the engine again"),
+    ],
+)
+def test_an_engine_that_does_not_load_is_named(engine: Engine, library: FakeTensorRT, fault: str, message: str) -> None:
+    setattr(library, fault, True)
+    with pytest.raises(EngineError) as caught:
+        TensorRTBackend(engine, library=library, runtime=FakeCuda())
+    assert str(caught.value).startswith(str(engine.path / "vision.onnx"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_without_such_engines_says_what_to_build(engine: Engine, library: FakeTensorRT) -> None:
+    with pytest.raises(EngineError, match=r"holds no engines for tensorrt; build it with --target tensorrt$"):
+        TensorRTBackend(engine, target="tensorrt", library=library, runtime=FakeCuda())
+    with pytest.raises(EngineError, match=r"holds no TensorRT engines; build it with --target tensorrt-rtx$"):
+        TensorRTBackend(dataclasses.replace(engine, targets={}), library=library, runtime=FakeCuda())
+
+
+@pytest.mark.parametrize("module", ["tensorrt_rtx", "cuda.bindings.runtime"])
+def test_a_missing_package_is_named(engine: Engine, library: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    given = {"library": library} if module != "tensorrt_rtx" else {"runtime": FakeCuda()}
+    with pytest.raises(EngineError, match=r"is missing; pip install 'vflow-export\[tensorrt-rtx\]'"):
+        TensorRTBackend(engine, **given)
