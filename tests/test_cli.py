@@ -91,7 +91,7 @@ def test_build_writes_an_engine_and_says_what_it_saves(
         (["--keep", "1.5"], "1.5 is not in the range 0<x<=1"),
         (["--keep", "ten"], "'ten' is not a valid float"),
         (["--preset", "paper"], "--preset needs --keep"),
-        (["--keep", "0.1", "--preset", "best"], "'best' is not one of 'progressive', 'tower', 'paper'"),
+        (["--keep", "0.1", "--preset", "best"], "'best' is not one of 'tuned', 'tuned-tower', 'progressive'"),
         (["--keep", "0.1", "--schedule", "s.json"], "--schedule says what is kept: leave out --keep and --preset"),
         (["--precision", "int8"], "'int8' is not one of 'fp32', 'fp16'"),
         (["--target", "cpu"], "'cpu' is not "),

@@ -1,0 +1,72 @@
+"""What all commands share on the terminal: errors as one line, a progress bar, and being stopped."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..engines.errors import EngineError
+from .schedule import ScheduleError
+
+__all__ = ["err", "one_line_errors", "progress_bar", "stop_on_signals"]
+
+err = Console(stderr=True)
+_stopped = Event()  # Python drops an exception that a signal raises inside a destructor or callback; long jobs look here
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what users can mend into one line on stderr and exit code 1."""
+    from ..plugins.compile import CompileError
+    from .checkpoint import CheckpointError
+    from .data import DataError
+
+    try:
+        yield
+    except (CheckpointError, CompileError, DataError, EngineError, ScheduleError) as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; nothing was left behind") from None
+    except MemoryError:
+        raise click.ClickException("out of memory; choose a smaller model or --precision fp16") from None
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or 'system'}: {error.strerror or error}") from None
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, float], None]]:
+    """A bar that shows phase and share done, on stderr; nothing where stderr is not a terminal but the phases."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("start", total=1.0)
+        last = ""
+
+        def report(phase: str, share: float) -> None:
+            nonlocal last
+            if _stopped.is_set():
+                raise KeyboardInterrupt
+            if phase != last and not err.is_terminal:
+                err.print(f"{phase} ...")
+            last = phase
+            bar.update(task, description=phase, completed=share)
+
+        yield report
+
+
+def stop_on_signals() -> None:
+    """Let SIGTERM and Ctrl-C stop a command so that it cleans up; SIGINT stays ignored where it is, as under nohup."""
+    _stopped.clear()
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    _stopped.set()
+    raise KeyboardInterrupt
