@@ -87,7 +87,7 @@ class SearchSpace:
     Attributes:
         decoder_places: candidate layers of stages inside the decoder; empty: thirds of the depth, fixed.
         tower_places: candidate blocks of attention stages inside the tower; empty: no tower stages at all, none by pixels either.
-        beyond: whether what the paper does not have varies: merging at all, what representatives carry on, how many rows are scored.
+        beyond: whether what the paper does not have varies: merging at all, what representatives carry on, which block ranks, rows scored.
         guidance: whether β varies.
         fixed: coordinates and categories that do not vary, with their values; what they do is told by leaving them alone (ablations).
     """
@@ -115,19 +115,27 @@ class SearchSpace:
         space.schedule(space.middle())  # a budget that cannot be met fails here, before anything is computed
         return space
 
+    @property
+    def entry_blocks(self) -> tuple[int, ...]:
+        """Blocks before which a schedule may first differ from the unpruned tower, or behind which one may rank: what is worth keeping of it."""
+        blocks = self.shape.tower.blocks
+        ranking = range(self._first_ranking_block(0) + 1, blocks) if self.beyond else ()
+        return tuple(sorted({*self.tower_places, *ranking}))
+
     def middle(self) -> Point:
         """The centre of the cube."""
         return {**dict.fromkeys(self.coordinates(), 0.5), **{name: values[0] for name, values in self.categories().items()}}
 
     def starts(self) -> tuple[Point, ...]:
-        """Points to try first: received attention without merging, in one stage and in several, with and without entropy."""
-        plain = self.middle() | {"global_threshold": 0.0, "recycle": 0.0, "entropy_weight": 0.5, "guidance_weight": 0.0, "score_rows": 0.4}
-        plain |= {"pixel_keep": 0.4, "tower_keep_0": 0.4, "tower_keep_1": 0.4, "tower_place_0": 0.0, "tower_place_1": 0.5}
-        several = plain | {"decoder_keep_0": 0.4, "decoder_keep_1": 0.4}
-        single = plain | {"decoder_keep_0": 0.0, "decoder_keep_1": 0.0}
-        chosen = [single, single | {"entropy_weight": 0.85}, several | {"entropy_weight": 0.85}, several]
+        """Points to try first: in one stage and in several, merged and not, with and without entropy, from the pixels on and by attention alone."""
+        plain: Point = {**self.middle(), "global_threshold": 0.0, "entropy_weight": 0.5, "guidance_weight": 0.0, "vision_layer": 0.0}
+        plain |= {"score_rows": 0.4, "pixel_keep": 0.4, "tower_place_0": 0.0, "tower_place_1": 0.5, "tower_keep_0": 1.0, "tower_keep_1": 0.5}
+        single: Point = {**plain, "decoder_keep_0": 0.0, "decoder_keep_1": 0.0, "recycle": 0.0, "pixel_recycle": 0.0}
+        merged: Point = {**single, "recycle": 1.0, "cell_size": 0.28, "pixel_recycle": 1.0, "pixel_cell_size": 0.1}
+        chosen = [merged, single, {**merged, "decoder_keep_0": 0.4, "decoder_keep_1": 0.4}, {**single, "entropy_weight": 0.85}]
         if self.tower_places:
-            chosen.append(single | {"entropy_weight": 0.85, "tower_keep_0": 1.0, "tower_keep_1": 1.0})
+            by_attention: Point = {"pixel_keep": 1.0, "tower_keep_0": 0.5}
+            chosen += [{**merged, "tower_keep_1": 1.0}, {**merged, **by_attention}, {**single, **by_attention}]
         known = set(self.coordinates()) | set(self.categories())
         return tuple({name: value for name, value in point.items() if name in known} for point in chosen)
 
@@ -139,11 +147,12 @@ class SearchSpace:
         names = [] if self.budget.bounds_keep else ["average_keep"]
         names += [f"decoder_place_{n}" for n in range(min(LATER_STAGES, len(self.decoder_places)))]
         names += [f"decoder_keep_{n}" for n in range(len(self._decoder_starts(None)) - 1)]
-        names += ["global_threshold", "entropy_weight", *(["recycle"] if self.beyond else []), "cell_size"]
+        names += ["global_threshold", "entropy_weight", *(["recycle", "vision_layer"] if self.beyond else []), "cell_size"]
         names += ["guidance_weight"] if self.guidance else []
         if self.tower_places:
             count = min(TOWER_STAGES, len(self.tower_places))
-            names += ["pixel_keep", *(f"tower_place_{n}" for n in range(count)), *(f"tower_keep_{n}" for n in range(count))]
+            names += ["pixel_keep", "pixel_recycle", "pixel_cell_size"]
+            names += [*(f"tower_place_{n}" for n in range(count)), *(f"tower_keep_{n}" for n in range(count))]
         names += ["score_rows"] if self._samples_rows else []
         return names
 
@@ -163,7 +172,7 @@ class SearchSpace:
         chosen = {**dict(self.fixed), **point}
         unit = {name: float(chosen[name]) for name in self._axes()}
         carried = chosen.get("recycled_importance", "own")
-        cell = _between(*CELL_RANGE, unit["cell_size"]) if unit.get("recycle", 1.0) >= 0.5 else None
+        cell = _cell_side(unit["cell_size"]) if unit.get("recycle", 1.0) >= 0.5 else None
         layers = self.shape.decoder.layers
         cheapest = _Choice(average=layers, cell=cell, shrink=0, score_rows=KEEP_UNIT, global_rows=0)
         if self._samples_rows:
@@ -214,12 +223,14 @@ class SearchSpace:
         average = choice.average / AVERAGE_STEPS / layers
         keeps = spend_keep(layers, average, starts, lambda number, least, most: _between(least, most, wishes[number]))
         decoder = [Stage("decoder", start, keep, choice.cell if start == 0 else None) for start, keep in zip(starts, keeps, strict=True)]
+        pixel_cell = _cell_side(unit["pixel_cell_size"]) if unit.get("pixel_recycle", 0.0) >= 0.5 else None
         tower, ceiling = [], KEEP_UNIT
         for block, wish in self._tower_wishes(unit):
             if wish < NO_CUT:
                 ceiling = round(_between(keeps[0], ceiling, wish / NO_CUT))
-            tower.append(Stage("tower", block, keeps[0] + (ceiling - keeps[0]) * choice.shrink // KEEP_UNIT))
-        importance = Importance(choice.threshold, _between(-1.0, 1.0, unit["entropy_weight"]), score_rows=choice.score_rows)
+            tower.append(Stage("tower", block, keeps[0] + (ceiling - keeps[0]) * choice.shrink // KEEP_UNIT, None if block else pixel_cell))
+        weight = _between(-1.0, 1.0, unit["entropy_weight"])
+        importance = Importance(choice.threshold, weight, self._vision_layer(unit, tower), choice.score_rows)
         if choice.global_rows and not choice.threshold:  # what is only costed so far: a threshold that needs these rows
             importance = replace(importance, global_threshold=min(MAX_GLOBAL_THRESHOLD, KEEP_UNIT / choice.global_rows))
         return Schedule(_cutting([*tower, *decoder]), importance)
@@ -231,6 +242,15 @@ class SearchSpace:
             return tuple(dict.fromkeys((0, layers // 3, 2 * layers // 3)))
         count = min(LATER_STAGES, len(places))
         return 0, *(places[:count] if unit is None else _ascending(places, [unit[f"decoder_place_{n}"] for n in range(count)]))
+
+    def _vision_layer(self, unit: Mapping[str, float], tower: Sequence[Stage]) -> int:
+        """The block that ranks for the decoder: the last, or one a little before it, never before a tower stage."""
+        open_blocks = range(self._first_ranking_block(max((stage.layer for stage in tower), default=0)), self.shape.tower.blocks)
+        back = min(int(unit.get("vision_layer", 0.0) * len(open_blocks)), len(open_blocks) - 1)
+        return -1 - back
+
+    def _first_ranking_block(self, last_stage: int) -> int:
+        return max(last_stage, self.shape.tower.blocks - max(2, self.shape.tower.blocks // 8))
 
     def _tower_wishes(self, unit: Mapping[str, float]) -> list[tuple[int, float]]:
         """Tower stages as (block, coordinate of the keep)."""
@@ -319,6 +339,13 @@ def _largest(holds: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def _cell_side(share: float) -> float:
+    """A cell's side, finer at the small end: one token more changes the number of cells most there."""
+    low, high = CELL_RANGE
+    side: float = low * (high / low) ** share
+    return side
 
 
 def _between(low: float, high: float, share: float) -> float:

@@ -32,11 +32,12 @@ class Scoring:
 
 @dataclass(frozen=True)
 class WalkedTower:
-    """One picture's unpruned tower: its state before each entry block, and the statistics of the block before."""
+    """One picture's unpruned tower: its state before each entry block, the statistics of the block before, and what leaves the merger, T [N, H]."""
 
     picture: Picture
     states: Mapping[int, TowerState]
     scorings: Mapping[int, Scoring]
+    visual_embeds: Tensor
 
 
 class SharedTower:
@@ -63,7 +64,7 @@ class SharedTower:
             scorings[block] = Scoring(query, key, *received_attention(query, key, scale=self._shape.tower.head_dim**-0.5))
             state = self._plain.run_blocks(state, block - 1, block)
             states[block], position = state, block
-        return WalkedTower(picture, states, scorings)
+        return WalkedTower(picture, states, scorings, self._plain.merge(state))
 
     @torch.inference_mode()
     def embed(self, graph: VisionGraph, walked: WalkedTower) -> Embedded:
@@ -73,16 +74,18 @@ class SharedTower:
         blocks, schedule = self._shape.tower.blocks, graph.schedule
         first = schedule.tower_stages[0].layer if schedule.tower_stages else blocks
         ranked = min(graph.scoring_blocks, default=blocks)  # the first block that is scored
-        if type(graph).score is VisionGraph.score and first in walked.scorings and ranked in (first - 1, blocks):
+        known = ranked + 1 in walked.scorings and (not schedule.tower_stages or ranked == first - 1)
+        if ranked == blocks or (type(graph).score is VisionGraph.score and first in walked.states and known):
             state = walked.states[first]
             if graph.scoring_blocks:
-                scoring = walked.scorings[first]
-                importance = self._importance(walked, first, schedule.importance)
+                scoring = walked.scorings[ranked + 1]
+                importance = self._importance(walked, ranked + 1, schedule.importance)
                 state = replace(state, importance=importance, query=scoring.query, key=scoring.key)
         else:
             first = max(block for block in walked.states if block <= min(first, ranked))
             state = walked.states[first]
-        embedded: Embedded = graph.finish(graph.run_blocks(state, first, blocks))
+        state = graph.run_blocks(state, first, blocks)
+        embedded: Embedded = graph.finish(state, graph.merge(state) if schedule.tower_stages else walked.visual_embeds)
         return embedded
 
     def _importance(self, walked: WalkedTower, block: int, settings: Importance) -> Tensor:

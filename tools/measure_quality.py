@@ -2,7 +2,8 @@
 
 python tools/measure_quality.py --model tiny --samples 1080 --output docs/quality
 
-Three parts, each a JSON file that is made only if it is not there: keep.json, flops.json, ablations.json; then tables.md and the plots.
+Three parts: keep-K.json for every keep K, flops.json, ablations.json, each made only if it is not there, so that several processes can share the
+work; then tables.md and the plots.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from vflow.exporter.search_space import Budget, SearchSpace
 from vflow.exporter.tiny.trained import BENCH_KINDS
 from vflow.exporter.tune import CalibrationSample, FlowObjective, tune_schedule
 
-FLOPS = (0.6, 0.4, 0.25, 0.15, 0.1)
+FLOPS = (0.5, 0.25, 0.15)
 SHRINKING = ("downsample", "pixelprune", "evoprune")  # methods that make the tower cheaper as well
 ABLATION_KEEP = 0.10
 ABLATIONS: dict[str, Mapping[str, float | str]] = {
@@ -42,6 +44,7 @@ ABLATIONS: dict[str, Mapping[str, float | str]] = {
     "recycled, carry their own importance": {"recycle": 1.0, "recycled_importance": "own"},
     "recycled, carry the sum": {"recycle": 1.0, "recycled_importance": "sum"},
     "recycled, protected": {"recycle": 1.0, "recycled_importance": "protected"},
+    "the last block ranks": {"vision_layer": 0.0},
     "single stage": {"decoder_keep_0": 0.0},
     "without text guidance": {"guidance_weight": 0.0},
 }
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1080)
     parser.add_argument("--side", type=int, default=448)
     parser.add_argument("--parts", nargs="+", choices=["keep", "flops", "ablations", "tables"], default=["keep", "flops", "ablations", "tables"])
+    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, help="of the part keep")
     parser.add_argument("--trials", type=int, default=150, help="of each search in flops and ablations")
     parser.add_argument("--calibration", type=int, default=54, help="samples of each search")
     parser.add_argument("--threads", type=int, default=1)
@@ -68,25 +72,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
-    makers: dict[str, Callable[[], list[Row]]] = {"keep": bench.by_keep, "flops": bench.by_flops, "ablations": bench.ablations}
-    for part in args.parts:
-        if part == "tables":
-            write_tables(args.output)
-        elif not (args.output / f"{part}.json").exists():
-            rows = makers[part]()
-            results = evaluate_candidates(bench.reference, [candidate for _, candidate in rows], bench.questions, progress=show)
-            setup = {
-                "model": args.model,
-                "samples": args.samples,
-                "side": args.side,
-                "machine": f"{platform.machine()}, CPU",
-                "torch": torch.__version__,
-            }
-            document = {
-                "setup": setup,
-                "results": [{"target": target, **result.to_dict()} for (target, _), result in zip(rows, results, strict=True)],
-            }
-            (args.output / f"{part}.json").write_text(json.dumps(document, indent=1) + "\n")
+    makers: dict[str, Callable[[], list[Row]]] = {"flops": bench.by_flops, "ablations": bench.ablations}
+    makers |= {f"keep-{keep}": partial(bench.by_keep, keep) for keep in args.keeps}
+    for part, make in makers.items():
+        path = args.output / f"{part}.json"
+        if part.split("-")[0] in args.parts and not path.exists():
+            path.write_text(json.dumps(bench.measure(make()), indent=1) + "\n")
+    if "tables" in args.parts:
+        write_tables(args.output)
 
 
 def show(phase: str, share: float) -> None:
@@ -105,14 +98,18 @@ class Bench:
         self.questions: list[LabelledSample] = list(generated_samples(args.samples, BENCH_KINDS, args.side))
         self._objective: FlowObjective | None = None
 
-    def by_keep(self) -> list[Row]:
-        """Every method at every keep."""
-        rows: list[Row] = [(1.0, Candidate("unpruned", UNPRUNED, Schedule()))]
-        for keep in KEEPS:
-            candidates, refused = method_candidates(["all"], [keep], self.shape, self.checkpoint.fingerprint)
-            rows += [(keep, candidate) for candidate in candidates[1:]]
-            print("\n".join(refused), flush=True)
-        return rows
+    def measure(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The JSON document of one part."""
+        results = evaluate_candidates(self.reference, [candidate for _, candidate in rows], self.questions, progress=show)
+        setup = {"model": self.args.model, "samples": len(self.questions), "side": self.args.side}
+        setup |= {"machine": f"{platform.machine()}, CPU", "torch": torch.__version__}
+        return {"setup": setup, "results": [{"target": target, **result.to_dict()} for (target, _), result in zip(rows, results, strict=True)]}
+
+    def by_keep(self, keep: float) -> list[Row]:
+        """Every method at one average keep."""
+        candidates, refused = method_candidates(["all"], [keep], self.shape, self.checkpoint.fingerprint)
+        print("\n".join(refused), flush=True)
+        return [(1.0, candidates[0]), *((keep, candidate) for candidate in candidates[1:])]
 
     def by_flops(self) -> list[Row]:
         """Methods that shrink the tower too, each with the largest keep that meets the FLOPs; ours tuned for the FLOPs alone."""
@@ -125,7 +122,7 @@ class Bench:
                 if keep is not None:
                     shrink = method.image_share(keep) if method.image_share else 1.0
                     rows.append((flops, Candidate(name, method, method.schedule(self.shape, keep), shrink)))
-            rows.append((flops, Candidate("tuned", UNPRUNED, self.tune(space, f"FLOPs {flops}"))))
+            rows.append((flops, Candidate("tuned for FLOPs", UNPRUNED, self.tune(space, f"FLOPs {flops}"))))
         return rows
 
     def flops(self, space: SearchSpace, method: Method, keep: float) -> float:
@@ -163,8 +160,9 @@ class Bench:
 
 def write_tables(folder: Path) -> None:
     """``tables.md`` and plots from the JSON files."""
-    keep, flops, ablations = (json.loads((folder / f"{part}.json").read_text()) for part in ("keep", "flops", "ablations"))
-    setup = keep["setup"]
+    keeps = [json.loads((folder / f"keep-{keep}.json").read_text()) for keep in KEEPS]
+    flops, ablations = (json.loads((folder / f"{part}.json").read_text()) for part in ("flops", "ablations"))
+    setup, by_keep = keeps[0]["setup"], [keeps[0]["results"][0], *(result for document in keeps for result in document["results"][1:])]
     lines = [
         "<!-- Made by tools/measure_quality.py from the JSON files beside it. -->",
         "",
@@ -173,30 +171,36 @@ def write_tables(folder: Path) -> None:
         "",
         "### At equal average keep",
         "",
-        "Right answers, 95 % interval below; — where a method cannot meet the budget.",
+        "Right answers with their 95 % interval; — where a method cannot meet the budget.",
         "",
-        *pivot(keep["results"], KEEPS),
+        *pivot(by_keep, KEEPS),
         "",
     ]
-    for target in KEEPS:
-        here = [result for result in keep["results"] if result["target"] in (1.0, target)]
-        lines += [f"### At average keep {target}, per kind", "", *details(here), ""]
+    for keep, document in zip(KEEPS, keeps, strict=True):
+        lines += [f"### At average keep {keep}, per kind", "", *details(document["results"]), ""]
     lines += ["### At equal prefill FLOPs", "", *pivot(flops["results"], FLOPS), ""]
     lines += ["", *details(flops["results"]), "", f"### Ablations, average keep {ABLATION_KEEP}", "", *details(ablations["results"]), ""]
     (folder / "tables.md").write_text("\n".join(lines))
-    for document, name, cost, label in (
-        (keep, "keep", "average_keep", "average keep"),
-        (flops, "flops", "prefill_flops", "prefill FLOPs, share of the unpruned"),
-    ):
-        drawn: dict[str, list[tuple[float, float]]] = {}
-        for result in sorted(document["results"], key=lambda result: result[cost]):
-            if result["name"] != "unpruned":
-                drawn.setdefault(result["name"], []).append((result[cost], result["total"]["accuracy"]))
-        whole = document["results"][0]["total"]["accuracy"]
-        plot_lines(
-            {"unpruned": [(0.05, whole), (1.0, whole)], **drawn}, folder / f"{name}.png", cost=label, quality="share of right answers",
-            title=f"Right answers against {label}", emphasised=("tuned", "tuned-tower", "downsample", "unpruned"),
-        )  # fmt: skip
+    plot(by_keep, folder / "keep.png", "average_keep", "average keep")
+    plot([*by_keep, *flops["results"][1:]], folder / "flops.png", "prefill_flops", "prefill FLOPs, share of the unpruned")
+
+
+def plot(results: Sequence[Mapping[str, Any]], path: Path, cost: str, label: str) -> None:
+    """Right answers against a cost, a line a method; what was made for FLOPs is a line of its own."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for result in sorted(results[1:], key=lambda result: float(result[cost])):
+        lines.setdefault(result["name"], []).append((result[cost], result["total"]["accuracy"]))
+    whole = results[0]["total"]["accuracy"]
+    lines = {"unpruned": [(0.05, whole), (1.0, whole)], **lines}
+    ours = ("tuned", "tuned-tower", "tuned for FLOPs")
+    plot_lines(
+        lines,
+        path,
+        cost=label,
+        quality="share of right answers",
+        title=f"Right answers against {label}",
+        emphasised=(*ours, "downsample", "unpruned"),
+    )
 
 
 def pivot(results: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> list[str]:

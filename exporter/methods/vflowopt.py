@@ -12,4 +12,4 @@ from .base import Method
 
 __all__ = ["VFLOWOPT_PUBLISHED"]
 
-VFLOWOPT_PUBLISHED = Method("vflowopt-paper", lambda shape, keep: preset_schedule("paper", shape, keep))
+VFLOWOPT_PUBLISHED = Method("paper", lambda shape, keep: preset_schedule("paper", shape, keep))

@@ -119,7 +119,8 @@ class VisionGraph(nn.Module):
         rows, columns = pixel_values.shape[:2]
         budget = budget_tokens.shape[0] if budget_tokens is not None else rows * columns
         state = self.begin(pixel_values, entropy, budget)
-        return self.finish(self.run_blocks(state, 0, self.shape.blocks))
+        state = self.run_blocks(state, 0, self.shape.blocks)
+        return self.finish(state, self.merge(state))
 
     def begin(self, pixel_values: Tensor, entropy: Tensor | None, budget: int) -> TowerState:
         """The state before block 0."""
@@ -156,11 +157,14 @@ class VisionGraph(nn.Module):
         _, query, key = self._attention(self.visual.blocks[number], state.hidden, state.cos, state.sin)
         return query, key
 
-    def finish(self, state: TowerState) -> tuple[Tensor, Tensor, Tensor]:
-        """Merger and first decoder stage: visual_embeds, importance, index as ``forward`` returns them."""
+    def merge(self, state: TowerState) -> Tensor:
+        """The merger: visual_embeds T [alive, H] of the tokens that the tower has left."""
         merger = self.visual.merger
-        group_width = self.shape.group * self.shape.embed_dim
-        visual_embeds = merger.mlp(merger.ln_q(state.hidden).reshape(state.index.shape[0], group_width))  # [alive, H]
+        visual_embeds: Tensor = merger.mlp(merger.ln_q(state.hidden).reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim))
+        return visual_embeds
+
+    def finish(self, state: TowerState, visual_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First decoder stage, from ``merge``'s embeddings: visual_embeds, importance, index as ``forward`` returns them."""
         if self.schedule.first_stage is None:
             return visual_embeds, state.importance, state.index
         visual_embeds, importance, kept = self.compact(self.schedule.first_stage, visual_embeds, state, final=True)
