@@ -179,7 +179,7 @@ def evaluate_candidates(
     for number, sample in enumerate(data):
         progress("evaluate", number / len(data))
         whole = reference.read(sample.images, sample.prompt)
-        walked = [tower.walk(picture) for picture in whole.pictures]
+        walked = [tower.walk(picture, keep_finals=True) for picture in whole.pictures]
         unpruned = reference.reply(whole_language, whole_vision, whole, [tower.embed(whole_vision, w) for w in walked], new_tokens=1)
         for candidate, (vision, language), tally in zip(candidates, graphs, tallies, strict=True):
             if candidate.image_share < 1:

@@ -7,7 +7,8 @@ importance for any parameters follows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,17 @@ class Scoring:
 
 @dataclass(frozen=True)
 class WalkedTower:
-    """One picture's unpruned tower: its state before each entry block, the statistics of the block before, and what leaves the merger, T [N, H]."""
+    """One picture's unpruned tower: its state before and behind blocks where schedules may start to differ, and what leaves the merger, T [N, H].
+
+    ``scorings`` are made when they are first asked for. ``finals``, where it is a dictionary, keeps what each schedule's tower has given: worth
+    it where many differ in the decoder alone, and not in a search, where hardly any two are alike.
+    """
 
     picture: Picture
     states: Mapping[int, TowerState]
-    scorings: Mapping[int, Scoring]
     visual_embeds: Tensor
+    finals: dict[Any, tuple[TowerState, Tensor]] | None = None
+    scorings: dict[int, Scoring] = field(default_factory=dict)
 
 
 class SharedTower:
@@ -53,44 +59,60 @@ class SharedTower:
         self._entries = sorted({*blocks, self._shape.tower.blocks} - {0})
 
     @torch.inference_mode()
-    def walk(self, picture: Picture) -> WalkedTower:
+    def walk(self, picture: Picture, *, keep_finals: bool = False) -> WalkedTower:
         """Compute what is shared."""
         state = self._plain.begin(picture.pixel_values, picture.entropy, picture.tokens)
-        states, scorings, position = {0: state}, {}, 0
+        states, position = {0: state}, 0
         for block in self._entries:
-            state = self._plain.run_blocks(state, position, block - 1)
-            states[block - 1] = state
-            query, key = self._plain.attend(block - 1, state)
-            scorings[block] = Scoring(query, key, *received_attention(query, key, scale=self._shape.tower.head_dim**-0.5))
-            state = self._plain.run_blocks(state, block - 1, block)
-            states[block], position = state, block
-        return WalkedTower(picture, states, scorings, self._plain.merge(state))
+            for place in (block - 1, block):
+                state = self._plain.run_blocks(state, position, place)
+                states[place], position = state, place
+        return WalkedTower(picture, states, self._plain.merge(state), {} if keep_finals else None)
 
     @torch.inference_mode()
     def embed(self, graph: VisionGraph, walked: WalkedTower) -> Embedded:
         """visual_embeds, importance and index of a picture under ``graph``'s schedule."""
+        schedule = graph.schedule
+        key = (type(graph), schedule.tower_stages, frozenset(graph.scoring_blocks), schedule.importance)
+        if walked.finals is not None and key in walked.finals:
+            state, visual_embeds = walked.finals[key]
+        else:
+            state = self._final_state(graph, walked)
+            visual_embeds = graph.merge(state) if schedule.tower_stages else walked.visual_embeds
+            if walked.finals is not None:
+                walked.finals[key] = state, visual_embeds
+        embedded: Embedded = graph.finish(state, visual_embeds)
+        return embedded
+
+    def _final_state(self, graph: VisionGraph, walked: WalkedTower) -> TowerState:
+        """The state behind the last block."""
+        blocks, schedule, picture = self._shape.tower.blocks, graph.schedule, walked.picture
         if 0 in graph.stages or type(graph).begin is not VisionGraph.begin:
-            return embed_plainly(graph, walked.picture)
-        blocks, schedule = self._shape.tower.blocks, graph.schedule
+            return graph.run_blocks(graph.begin(picture.pixel_values, picture.entropy, picture.tokens), 0, blocks)
         first = schedule.tower_stages[0].layer if schedule.tower_stages else blocks
         ranked = min(graph.scoring_blocks, default=blocks)  # the first block that is scored
-        known = ranked + 1 in walked.scorings and (not schedule.tower_stages or ranked == first - 1)
+        known = {ranked, ranked + 1} <= set(walked.states) and (not schedule.tower_stages or ranked == first - 1)
         if ranked == blocks or (type(graph).score is VisionGraph.score and first in walked.states and known):
             state = walked.states[first]
             if graph.scoring_blocks:
-                scoring = walked.scorings[ranked + 1]
-                importance = self._importance(walked, ranked + 1, schedule.importance)
+                scoring = self._scoring(walked, ranked)
+                importance = self._importance(walked, ranked, schedule.importance)
                 state = replace(state, importance=importance, query=scoring.query, key=scoring.key)
         else:
             first = max(block for block in walked.states if block <= min(first, ranked))
             state = walked.states[first]
-        state = graph.run_blocks(state, first, blocks)
-        embedded: Embedded = graph.finish(state, graph.merge(state) if schedule.tower_stages else walked.visual_embeds)
-        return embedded
+        return graph.run_blocks(state, first, blocks)
+
+    def _scoring(self, walked: WalkedTower, block: int) -> Scoring:
+        """Statistics of a block, computed when first asked for."""
+        if block not in walked.scorings:
+            query, key = self._plain.attend(block, walked.states[block])
+            walked.scorings[block] = Scoring(query, key, *received_attention(query, key, scale=self._shape.tower.head_dim**-0.5))
+        return walked.scorings[block]
 
     def _importance(self, walked: WalkedTower, block: int, settings: Importance) -> Tensor:
-        """Importance before ``block`` for any parameters: float32 [N]; of the map, only the global tokens' rows are computed."""
-        scoring, scale = walked.scorings[block], self._shape.tower.head_dim**-0.5
+        """Importance by ``block`` for any parameters: float32 [N]; of the map, only the global tokens' rows are computed."""
+        scoring, scale = self._scoring(walked, block), self._shape.tower.head_dim**-0.5
         if settings.score_rows < KEEP_UNIT:  # a sample of rows is scored anew, which costs as little as it does in the graph
             relevance = context_relevance(
                 scoring.query,

@@ -13,17 +13,18 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tune_presets import KEEPS, TEXT_TOKENS
 from vflow.exporter.budget import prefill_flops
 from vflow.exporter.candidates import UNPRUNED, method_candidates
 from vflow.exporter.checkpoint import Checkpoint, open_checkpoint
 from vflow.exporter.data import CALIBRATION_SEED, LabelledSample, generated_samples
-from vflow.exporter.evaluate import Candidate, evaluate_candidates
+from vflow.exporter.evaluate import Candidate, evaluate_candidates, wilson_interval
 from vflow.exporter.methods import METHODS, Method
 from vflow.exporter.plots import plot_lines
 from vflow.exporter.presets import preset_schedule
@@ -48,6 +49,7 @@ ABLATIONS: dict[str, Mapping[str, float | str]] = {
     "single stage": {"decoder_keep_0": 0.0},
     "without text guidance": {"guidance_weight": 0.0},
 }
+OURS = ("progressive", "tuned", "tuned-tower")
 PRESETS = {
     "progressive": "untuned (progressive)",
     "paper": "published settings, untuned (paper)",
@@ -63,7 +65,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1080)
     parser.add_argument("--side", type=int, default=448)
     parser.add_argument("--parts", nargs="+", choices=["keep", "flops", "ablations", "tables"], default=["keep", "flops", "ablations", "tables"])
-    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, help="of the part keep")
+    parser.add_argument("--shard", type=int, default=0, help="answer every n-th question only, from this one on")
+    parser.add_argument("--shards", type=int, default=1, help="n: so many processes share the questions")
     parser.add_argument("--trials", type=int, default=150, help="of each search in flops and ablations")
     parser.add_argument("--calibration", type=int, default=54, help="samples of each search")
     parser.add_argument("--threads", type=int, default=1)
@@ -72,11 +75,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
-    makers: dict[str, Callable[[], list[Row]]] = {"flops": bench.by_flops, "ablations": bench.ablations}
-    makers |= {f"keep-{keep}": partial(bench.by_keep, keep) for keep in args.keeps}
+    makers: dict[str, Callable[[], list[Row]]] = {"keep": bench.by_keep, "flops": bench.by_flops, "ablations": bench.ablations}
     for part, make in makers.items():
-        path = args.output / f"{part}.json"
-        if part.split("-")[0] in args.parts and not path.exists():
+        path = args.output / (f"{part}.json" if args.shards == 1 else f"{part}-{args.shard}-of-{args.shards}.json")
+        if part in args.parts and not path.exists():
             path.write_text(json.dumps(bench.measure(make()), indent=1) + "\n")
     if "tables" in args.parts:
         write_tables(args.output)
@@ -95,7 +97,7 @@ class Bench:
         self.checkpoint: Checkpoint = open_checkpoint(args.model)
         self.reference = ReferenceModel(self.checkpoint)
         self.shape = self.reference.shape
-        self.questions: list[LabelledSample] = list(generated_samples(args.samples, BENCH_KINDS, args.side))
+        self.questions: list[LabelledSample] = list(generated_samples(args.samples, BENCH_KINDS, args.side))[args.shard :: args.shards]
         self._objective: FlowObjective | None = None
 
     def measure(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -105,11 +107,14 @@ class Bench:
         setup |= {"machine": f"{platform.machine()}, CPU", "torch": torch.__version__}
         return {"setup": setup, "results": [{"target": target, **result.to_dict()} for (target, _), result in zip(rows, results, strict=True)]}
 
-    def by_keep(self, keep: float) -> list[Row]:
-        """Every method at one average keep."""
-        candidates, refused = method_candidates(["all"], [keep], self.shape, self.checkpoint.fingerprint)
-        print("\n".join(refused), flush=True)
-        return [(1.0, candidates[0]), *((keep, candidate) for candidate in candidates[1:])]
+    def by_keep(self) -> list[Row]:
+        """Every method at every average keep."""
+        rows: list[Row] = [(1.0, Candidate("unpruned", UNPRUNED, Schedule()))]
+        for keep in KEEPS:
+            candidates, refused = method_candidates([*METHODS, *OURS], [keep], self.shape, self.checkpoint.fingerprint)
+            rows += [(keep, candidate) for candidate in candidates[1:]]
+            print("\n".join(refused), flush=True)
+        return rows
 
     def by_flops(self) -> list[Row]:
         """Methods that shrink the tower too, each with the largest keep that meets the FLOPs; ours tuned for the FLOPs alone."""
@@ -160,9 +165,8 @@ class Bench:
 
 def write_tables(folder: Path) -> None:
     """``tables.md`` and plots from the JSON files."""
-    keeps = [json.loads((folder / f"keep-{keep}.json").read_text()) for keep in KEEPS]
-    flops, ablations = (json.loads((folder / f"{part}.json").read_text()) for part in ("flops", "ablations"))
-    setup, by_keep = keeps[0]["setup"], [keeps[0]["results"][0], *(result for document in keeps for result in document["results"][1:])]
+    keep, flops, ablations = (load(folder, part) for part in ("keep", "flops", "ablations"))
+    setup, by_keep = keep["setup"], keep["results"]
     lines = [
         "<!-- Made by tools/measure_quality.py from the JSON files beside it. -->",
         "",
@@ -176,13 +180,45 @@ def write_tables(folder: Path) -> None:
         *pivot(by_keep, KEEPS),
         "",
     ]
-    for keep, document in zip(KEEPS, keeps, strict=True):
-        lines += [f"### At average keep {keep}, per kind", "", *details(document["results"]), ""]
+    for target in KEEPS:
+        here = [by_keep[0], *(result for result in by_keep[1:] if result["target"] == target)]
+        lines += [f"### At average keep {target}, per kind", "", *details(here), ""]
     lines += ["### At equal prefill FLOPs", "", *pivot(flops["results"], FLOPS), ""]
     lines += ["", *details(flops["results"]), "", f"### Ablations, average keep {ABLATION_KEEP}", "", *details(ablations["results"]), ""]
     (folder / "tables.md").write_text("\n".join(lines))
     plot(by_keep, folder / "keep.png", "average_keep", "average keep")
     plot([*by_keep, *flops["results"][1:]], folder / "flops.png", "prefill_flops", "prefill FLOPs, share of the unpruned")
+
+
+def load(folder: Path, part: str) -> dict[str, Any]:
+    """A part's document, put together where several processes have shared its questions."""
+    whole = folder / f"{part}.json"
+    if not whole.exists():
+        shards = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{part}-*-of-*.json"))]
+        results = [joined(results) for results in zip(*(shard["results"] for shard in shards), strict=True)]
+        setup = {**shards[0]["setup"], "samples": sum(shard["setup"]["samples"] for shard in shards)}
+        whole.write_text(json.dumps({"setup": setup, "results": results}, indent=1) + "\n")
+    document: dict[str, Any] = json.loads(whole.read_text())
+    return document
+
+
+def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several over different questions; they have the same kinds in nearly the same numbers."""
+    weights = np.array([result["total"]["n"] for result in results])
+
+    def mean(*path: str) -> float:
+        values = [reduce(lambda value, name: value[name], path, result) for result in results]
+        return float(np.average(values, weights=weights))
+
+    kinds = {kind: summed([result["by_kind"][kind] for result in results]) for kind in results[0]["by_kind"]}
+    means = {name: mean(name) for name in ("average_keep", "prefill_flops", "visual_tokens", "kept")}
+    agreement = {name: mean("agreement", name) for name in ("first_token", "cosine")}
+    return {**results[0], **means, "total": summed([result["total"] for result in results]), "by_kind": kinds, "agreement": agreement}
+
+
+def summed(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    n, right = sum(score["n"] for score in scores), round(sum(score["accuracy"] * score["n"] for score in scores))
+    return {"accuracy": right / n, "interval": wilson_interval(right, n), "n": n}
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path, cost: str, label: str) -> None:

@@ -61,4 +61,4 @@ def test_what_is_not_tuned_says_so() -> None:
 
 
 def test_every_exportable_method_can_be_built_by_name() -> None:
-    assert {name for name, method in METHODS.items() if method.exportable} == {*METHOD_PRESETS, "vflowopt-paper"}
+    assert {name for name, method in METHODS.items() if method.exportable} == {*METHOD_PRESETS, "paper"}
