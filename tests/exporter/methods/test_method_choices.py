@@ -57,7 +57,7 @@ def test_random_is_a_draw_of_its_own_for_each_picture_and_not_the_top(model: Any
 
 
 def test_vflowopt_is_the_published_preset_with_its_cells() -> None:
-    schedule = METHODS["vflowopt-paper"].schedule(SHAPE, 0.1)
+    schedule = METHODS["paper"].schedule(SHAPE, 0.1)
     assert schedule == preset_schedule("paper", SHAPE, 0.1)
     assert schedule.first_stage is not None and schedule.first_stage.recycle == pytest.approx(17.4)
     assert schedule.importance.global_threshold == pytest.approx(39.3)

@@ -67,7 +67,7 @@ def run_language(model: Any, method: Method, schedule: Schedule, embeds: Tensor,
 def test_names_are_keys_and_controls_come_first() -> None:
     assert [method.name for method in METHODS.values()] == list(METHODS)
     assert list(METHODS)[:4] == ["random", "grid", "attention", "downsample"]
-    assert [name for name, method in METHODS.items() if method.exportable] == ["attention", "vflowopt-paper", "fastv", "pyramiddrop"]
+    assert [name for name, method in METHODS.items() if method.exportable] == ["attention", "paper", "fastv", "pyramiddrop"]
 
 
 @pytest.mark.parametrize("keep", KEEPS)
