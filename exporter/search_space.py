@@ -19,7 +19,8 @@ from .shape import ModelShape
 
 __all__ = ["Budget", "SearchSpace", "parse_bytes"]
 
-CELL_RANGE = (3.0, 24.0)  # the paper's
+PAPER_CELLS = (3.0, 24.0)  # sides that the paper searches
+CELLS = (1.5, 24.0)  # below 3, all survivors of a small budget represent cells: the best token of each, none beside another
 MOST_TOWER_PLACES = 16  # candidate blocks: each costs memory for the unpruned tower's state there
 TOWER_STAGES = 2  # at most, by attention; one by the pixels besides
 LATER_STAGES = 2  # at most, inside the decoder; one before it besides
@@ -131,8 +132,14 @@ class SearchSpace:
         plain: Point = {**self.middle(), "global_threshold": 0.0, "entropy_weight": 0.5, "guidance_weight": 0.0, "vision_layer": 0.0}
         plain |= {"score_rows": 0.4, "pixel_keep": 0.4, "tower_place_0": 0.0, "tower_place_1": 0.5, "tower_keep_0": 1.0, "tower_keep_1": 0.5}
         single: Point = {**plain, "decoder_keep_0": 0.0, "decoder_keep_1": 0.0, "recycle": 0.0, "pixel_recycle": 0.0}
-        merged: Point = {**single, "recycle": 1.0, "cell_size": 0.28, "pixel_recycle": 1.0, "pixel_cell_size": 0.1}
-        chosen = [merged, single, {**merged, "decoder_keep_0": 0.4, "decoder_keep_1": 0.4}, {**single, "entropy_weight": 0.85}]
+        merged: Point = {**single, "recycle": 1.0, "cell_size": 0.35, "pixel_recycle": 1.0, "pixel_cell_size": 0.25}
+        chosen = [
+            merged,
+            single,
+            {**merged, "cell_size": 0.1},
+            {**merged, "decoder_keep_0": 0.4, "decoder_keep_1": 0.4},
+            {**single, "entropy_weight": 0.85},
+        ]
         if self.tower_places:
             by_attention: Point = {"pixel_keep": 1.0, "tower_keep_0": 0.5}
             chosen += [{**merged, "tower_keep_1": 1.0}, {**merged, **by_attention}, {**single, **by_attention}]
@@ -172,7 +179,7 @@ class SearchSpace:
         chosen = {**dict(self.fixed), **point}
         unit = {name: float(chosen[name]) for name in self._axes()}
         carried = chosen.get("recycled_importance", "own")
-        cell = _cell_side(unit["cell_size"]) if unit.get("recycle", 1.0) >= 0.5 else None
+        cell = _cell_side(CELLS if self.beyond else PAPER_CELLS, unit["cell_size"]) if unit.get("recycle", 1.0) >= 0.5 else None
         layers = self.shape.decoder.layers
         cheapest = _Choice(average=layers, cell=cell, shrink=0, score_rows=KEEP_UNIT, global_rows=0)
         if self._samples_rows:
@@ -223,7 +230,7 @@ class SearchSpace:
         average = choice.average / AVERAGE_STEPS / layers
         keeps = spend_keep(layers, average, starts, lambda number, least, most: _between(least, most, wishes[number]))
         decoder = [Stage("decoder", start, keep, choice.cell if start == 0 else None) for start, keep in zip(starts, keeps, strict=True)]
-        pixel_cell = _cell_side(unit["pixel_cell_size"]) if unit.get("pixel_recycle", 0.0) >= 0.5 else None
+        pixel_cell = _cell_side(CELLS, unit["pixel_cell_size"]) if unit.get("pixel_recycle", 0.0) >= 0.5 else None
         tower, ceiling = [], KEEP_UNIT
         for block, wish in self._tower_wishes(unit):
             if wish < NO_CUT:
@@ -341,9 +348,9 @@ def _largest(holds: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def _cell_side(share: float) -> float:
+def _cell_side(sides: tuple[float, float], share: float) -> float:
     """A cell's side, finer at the small end: one token more changes the number of cells most there."""
-    low, high = CELL_RANGE
+    low, high = sides
     side: float = low * (high / low) ** share
     return side
 

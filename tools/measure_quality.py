@@ -165,7 +165,8 @@ class Bench:
 
 def write_tables(folder: Path) -> None:
     """``tables.md`` and plots from the JSON files."""
-    keep, flops, ablations = (load(folder, part) for part in ("keep", "flops", "ablations"))
+    keep, ablations = load(folder, "keep"), load(folder, "ablations")
+    flops = load(folder, "flops")["results"] if any(folder.glob("flops*.json")) else []
     setup, by_keep = keep["setup"], keep["results"]
     lines = [
         "<!-- Made by tools/measure_quality.py from the JSON files beside it. -->",
@@ -183,11 +184,12 @@ def write_tables(folder: Path) -> None:
     for target in KEEPS:
         here = [by_keep[0], *(result for result in by_keep[1:] if result["target"] == target)]
         lines += [f"### At average keep {target}, per kind", "", *details(here), ""]
-    lines += ["### At equal prefill FLOPs", "", *pivot(flops["results"], FLOPS), ""]
-    lines += ["", *details(flops["results"]), "", f"### Ablations, average keep {ABLATION_KEEP}", "", *details(ablations["results"]), ""]
+    if flops:
+        lines += ["### At equal prefill FLOPs", "", *pivot(flops, FLOPS), "", *details(flops), ""]
+    lines += [f"### Ablations, average keep {ABLATION_KEEP}", "", *details(ablations["results"]), ""]
     (folder / "tables.md").write_text("\n".join(lines))
     plot(by_keep, folder / "keep.png", "average_keep", "average keep")
-    plot([*by_keep, *flops["results"][1:]], folder / "flops.png", "prefill_flops", "prefill FLOPs, share of the unpruned")
+    plot([*by_keep, *flops[1:]], folder / "flops.png", "prefill_flops", "prefill FLOPs, share of the unpruned")
 
 
 def load(folder: Path, part: str) -> dict[str, Any]:

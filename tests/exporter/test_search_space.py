@@ -73,7 +73,7 @@ def test_the_paper_searches_ratios_at_thirds_and_always_merges() -> None:
     space = SearchSpace.for_model(SHAPE, Budget(keep=0.25), paper=True)
     schedule = space.schedule(space.middle())
     assert {stage.layer for stage in schedule.stages} <= {0, 9, 18}
-    assert schedule.stages[0].recycle is not None
+    assert [space.schedule(space.middle() | {"cell_size": end}).stages[0].recycle for end in (0.0, 1.0)] == pytest.approx([3.0, 24.0])
     assert set(space.coordinates()) == {"decoder_keep_0", "decoder_keep_1", "global_threshold", "entropy_weight", "cell_size"}
 
 
