@@ -154,16 +154,15 @@ def tune(
         from .report import front_table, schedule_lines
         from .search_space import Budget, SearchSpace, parse_bytes
         from .tiny.trained import BENCH_KINDS
-        from .tune import CalibrationSample, FlowObjective, Resource, tune_front, tune_schedule
+        from .tune import FlowObjective, Resource, tune_front, tune_schedule
 
         tokens = max(1, side // 28)
         budget = Budget(keep, parse_bytes(kv_budget) if kv_budget else None, prefill_flops, tokens, tokens, text_tokens)
-        found = (
+        calibration = (
             read_samples(data, labelled=False, images_required=True)[:samples]
             if data
-            else generated_samples(samples, BENCH_KINDS, side, seed=CALIBRATION_SEED)
+            else list(generated_samples(samples, BENCH_KINDS, side, seed=CALIBRATION_SEED))
         )
-        calibration = [CalibrationSample(sample.images, sample.prompt) for sample in found]
         with progress_bar() as progress:
             progress("open checkpoint", 0.0)
             checkpoint = open_checkpoint(model)

@@ -18,7 +18,7 @@ from typing import Any
 from ..engines.session import ImageSource
 from .tiny.scenes import samples
 
-__all__ = ["CALIBRATION_SEED", "EVALUATION_SEED", "DataError", "LabelledSample", "generated_samples", "read_samples"]
+__all__ = ["CALIBRATION_SEED", "EVALUATION_SEED", "CalibrationSample", "DataError", "LabelledSample", "generated_samples", "read_samples"]
 
 EVALUATION_SEED = 9_000_000  # held out; other seeds serve training, its reports, `verify` and calibration
 CALIBRATION_SEED = 6_000_000  # of what `tune` looks at, which evaluation must not
@@ -32,11 +32,17 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class LabelledSample:
-    """A question about images with its right answer."""
+class CalibrationSample:
+    """A prompt and the images that it is about; no label."""
 
     images: tuple[ImageSource, ...]
     prompt: str
+
+
+@dataclass(frozen=True)
+class LabelledSample(CalibrationSample):
+    """A question about images with its right answer, empty where it has none."""
+
     answer: str
     kind: str
 

@@ -181,6 +181,7 @@ def evaluate_candidates(
         whole = reference.read(sample.images, sample.prompt)
         walked = [tower.walk(picture, keep_finals=True) for picture in whole.pictures]
         unpruned = reference.reply(whole_language, whole_vision, whole, [tower.embed(whole_vision, w) for w in walked], new_tokens=1)
+        full = prefill_flops(Schedule(), reference.shape, _grids(whole), text_tokens=whole.text_tokens)
         for candidate, (vision, language), tally in zip(candidates, graphs, tallies, strict=True):
             if candidate.image_share < 1:
                 seen = reference.read(sample.images, sample.prompt, image_share=candidate.image_share)
@@ -190,7 +191,7 @@ def evaluate_candidates(
             answer = reference.reply(language, vision, seen, embedded, new_tokens=MAX_ANSWER_TOKENS)
             text = reference.encoder.decode([token for token in answer.token_ids if token not in reference.tokens.stop])
             tally.add(sample, text, answer, unpruned)
-            _count(tally, candidate, reference.shape, whole, seen)
+            _count(tally, candidate, reference.shape, whole, seen, full)
     return [tally.result(candidate.name) for candidate, tally in zip(candidates, tallies, strict=True)]
 
 
@@ -202,13 +203,12 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def _count(tally: _Tally, candidate: Candidate, shape: ModelShape, whole: Question, seen: Question) -> None:
-    """Add what one question cost a candidate."""
+def _count(tally: _Tally, candidate: Candidate, shape: ModelShape, whole: Question, seen: Question, full: int) -> None:
+    """Add what one question cost a candidate; ``full``: FLOPs of the unpruned prefill."""
     schedule, tokens, layers = candidate.schedule, seen.visual_tokens, shape.decoder.layers
     tally.visual_tokens.append(whole.visual_tokens)
     tally.kept.append(keep_count(tokens, schedule.keep_at("decoder", layers - 1)))
     tally.keep_shares.append(schedule.average_keep(layers) * (tokens / whole.visual_tokens if tokens else 1.0))
-    full = prefill_flops(Schedule(), shape, _grids(whole), text_tokens=whole.text_tokens)
     spent = prefill_flops(schedule, shape, _grids(seen), text_tokens=seen.text_tokens, scoring=candidate.method.scores_attention)
     tally.flops.append(spent / full)
     tally.kv_bytes.append(kv_bytes(schedule, shape, tokens=tokens, bytes_per_value=KV_BYTES_PER_VALUE))

@@ -8,6 +8,7 @@ statistics from which any global threshold's importance follows. A trial runs fr
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..engines.session import ImageSource
 from .checkpoint import Checkpoint
+from .data import CalibrationSample
 from .reference import ReferenceModel, cosine
 from .schedule import Schedule, ScheduleError
 from .search_space import SearchSpace
@@ -30,14 +31,6 @@ __all__ = ["CalibrationSample", "FlowObjective", "FrontPoint", "Resource", "Tune
 STARTUP_TRIALS = 10  # random, before the Gaussian process has something to go by
 Resource = Literal["kv", "flops"]
 Progress = Callable[[int, float], None]
-
-
-@dataclass(frozen=True)
-class CalibrationSample:
-    """A prompt and the images that it is about; no label."""
-
-    images: tuple[ImageSource, ...]
-    prompt: str
 
 
 @dataclass(frozen=True)
@@ -147,14 +140,7 @@ def tune_schedule(
     def evaluate(trial: Any) -> float:
         return objective.score(space.schedule(_suggest(trial, space)))
 
-    done = 0
-
-    def report(current: Any, trial: Any) -> None:
-        nonlocal done
-        done += 1
-        progress(done, current.best_value)
-
-    study.optimize(evaluate, n_trials=trials, callbacks=[report])
+    _optimize(study, evaluate, trials, lambda done: progress(done, study.best_value))
     provenance = _provenance(objective, space, seed, finished_trials(study)) | {"value": study.best_value}
     found = replace(space.schedule(study.best_params), model=fingerprint, provenance=provenance)
     return TuneResult(found, study.best_value, finished_trials(study))
@@ -187,14 +173,7 @@ def tune_front(
         cost = schedule.average_keep(space.shape.decoder.layers) if resource == "kv" else space.flops_share(schedule)
         return objective.score(schedule), cost
 
-    done = 0
-
-    def report(current: Any, trial: Any) -> None:
-        nonlocal done
-        done += 1
-        progress(done, max(best.values[0] for best in current.best_trials))
-
-    study.optimize(evaluate, n_trials=trials, callbacks=[report])
+    _optimize(study, evaluate, trials, lambda done: progress(done, max(best.values[0] for best in study.best_trials)))
     provenance = _provenance(objective, space, seed, finished_trials(study)) | {"front": resource}
     points = {}
     for best in study.best_trials:
@@ -202,6 +181,12 @@ def tune_front(
         schedule = replace(space.schedule(best.params), model=fingerprint, provenance=provenance | {"value": value})
         points[value, cost] = FrontPoint(schedule, value, cost)
     return sorted(points.values(), key=lambda point: point.cost)
+
+
+def _optimize(study: Any, evaluate: Callable[[Any], Any], trials: int, report: Callable[[int], None]) -> None:
+    """Add trials; ``report`` is told after each how many this process has done."""
+    done = itertools.count(1)
+    study.optimize(evaluate, n_trials=trials, callbacks=[lambda current, trial: report(next(done))])
 
 
 def _spread(space: SearchSpace) -> list[Mapping[str, float | str]]:

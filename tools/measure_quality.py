@@ -32,7 +32,7 @@ from vflow.exporter.reference import ReferenceModel
 from vflow.exporter.schedule import Schedule
 from vflow.exporter.search_space import Budget, SearchSpace
 from vflow.exporter.tiny.trained import BENCH_KINDS
-from vflow.exporter.tune import CalibrationSample, FlowObjective, tune_schedule
+from vflow.exporter.tune import FlowObjective, tune_schedule
 
 FLOPS = (0.5, 0.25, 0.15)
 SHRINKING = ("downsample", "pixelprune", "evoprune")  # methods that make the tower cheaper as well
@@ -155,8 +155,7 @@ class Bench:
 
     def tune(self, space: SearchSpace, name: str) -> Schedule:
         if self._objective is None:
-            found = generated_samples(self.args.calibration, BENCH_KINDS, self.args.side, seed=CALIBRATION_SEED)
-            samples = [CalibrationSample(sample.images, sample.prompt) for sample in found]
+            samples = list(generated_samples(self.args.calibration, BENCH_KINDS, self.args.side, seed=CALIBRATION_SEED))
             self._objective = FlowObjective(self.checkpoint, samples, blocks=range(2, self.shape.tower.blocks))
         result = tune_schedule(self._objective, space, fingerprint=self.checkpoint.fingerprint, trials=self.args.trials)
         print(f"{name}: cosine {result.value:.4f}", flush=True)

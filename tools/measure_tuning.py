@@ -14,7 +14,7 @@ from vflow.exporter.data import CALIBRATION_SEED, generated_samples
 from vflow.exporter.models.qwen2_vl import model_shape
 from vflow.exporter.presets import PRESETS, preset_schedule, tuned_schedule
 from vflow.exporter.tiny.trained import BENCH_KINDS
-from vflow.exporter.tune import CalibrationSample, FlowObjective
+from vflow.exporter.tune import FlowObjective
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    samples = [CalibrationSample(s.images, s.prompt) for s in generated_samples(args.samples, BENCH_KINDS, args.side, seed=CALIBRATION_SEED)]
+    samples = list(generated_samples(args.samples, BENCH_KINDS, args.side, seed=CALIBRATION_SEED))
     checkpoint = open_checkpoint(args.model)
     shape = model_shape(checkpoint.config)
     tuned = [name for name in ("tuned", "tuned-tower") if tuned_schedule(checkpoint.fingerprint, args.keep, tower=name != "tuned")]

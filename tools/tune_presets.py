@@ -16,7 +16,7 @@ from vflow.exporter.models.qwen2_vl import model_shape
 from vflow.exporter.report import schedule_lines
 from vflow.exporter.search_space import Budget, SearchSpace
 from vflow.exporter.tiny.trained import BENCH_KINDS
-from vflow.exporter.tune import CalibrationSample, FlowObjective, tune_schedule
+from vflow.exporter.tune import FlowObjective, tune_schedule
 
 KEEPS = (0.33, 0.22, 0.11, 0.10, 0.05)
 # Prefill FLOPs beside each keep, with tower stages. More cannot be saved for long: what the decoder keeps is what the tower must keep too.
@@ -38,7 +38,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     checkpoint = open_checkpoint(args.model)
     shape, grid = model_shape(checkpoint.config), args.side // 28
-    samples = [CalibrationSample(s.images, s.prompt) for s in generated_samples(args.samples, BENCH_KINDS, args.side, seed=CALIBRATION_SEED)]
+    samples = list(generated_samples(args.samples, BENCH_KINDS, args.side, seed=CALIBRATION_SEED))
     objective = FlowObjective(checkpoint, samples, blocks=range(2, shape.tower.blocks))
     args.output.mkdir(parents=True, exist_ok=True)
     for tower in (False, True) if args.tower is None else (args.tower,):
