@@ -142,8 +142,9 @@ def _run(job: EngineJob, waiting: Callable[[], None]) -> dict[str, Any]:
         )
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps(job.to_dict()).encode() + b"\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has died already, which the missing answer says
+                process.stdin.write(json.dumps(job.to_dict()).encode() + b"\n")
+                process.stdin.flush()
             while process.poll() is None:
                 waiting()
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -151,7 +152,8 @@ def _run(job: EngineJob, waiting: Callable[[], None]) -> dict[str, Any]:
         finally:
             process.kill()
             process.wait()
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         answer.seek(0)
         complaints.seek(0)
         lines, errors = answer.read().decode().splitlines(), complaints.read().decode(errors="replace").strip().splitlines()

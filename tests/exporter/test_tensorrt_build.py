@@ -288,8 +288,16 @@ def test_a_graph_that_cannot_be_built_is_said_in_one_line(source: tuple[Engine, 
         build_here(engine, folder)
 
 
+def before_it_dies(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """Wait, so that the job is always written to a process that reads no more."""
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    return process
+
+
 def test_a_process_that_dies_is_said_in_one_line(source: tuple[Engine, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_targets.sys, "executable", shutil.which("false"))
+    started = subprocess.Popen
+    monkeypatch.setattr(tensorrt_targets.subprocess, "Popen", lambda *arguments, **options: before_it_dies(started(*arguments, **options)))
     with pytest.raises(EngineError, match=r"^tensorrt-rtx died building the vision graph \(exit code 1\)$"):
         build_here(*source)
 
