@@ -123,14 +123,18 @@ def evaluate(
 @click.option(
     "--preset", type=click.Choice(list(SEARCH_PRESETS)), help="Search only what the paper does: 50 trials, or its research code's 27 + 300."
 )
+@click.option(
+    "--objective", type=click.Choice(["overlap", "cosine"]), help="What is kept: the first token's distribution, or the hidden state, as in the "
+    "paper and for prompts whose answers all begin alike.  [default: overlap; with --preset cosine]",
+)  # fmt: skip
 @click.option("--trials", type=click.IntRange(1), help="Evaluations.  [default: 200]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--study", help="File or database URL that holds the search, to resume it or to share it between processes.")
 @click.option("--study-name", default="vflow", show_default=True, help="Name of the search in --study.")
 def tune(
     model: str, output: Path, data: Path | None, samples: int, keep: float | None, kv_budget: str | None, prefill_flops: float | None,
-    pareto: str | None, side: int, text_tokens: int, tower: bool | None, guidance: bool | None, preset: str | None, trials: int | None, seed: int,
-    study: str | None, study_name: str,
+    pareto: str | None, side: int, text_tokens: int, tower: bool | None, guidance: bool | None, preset: str | None, objective: str | None,
+    trials: int | None, seed: int, study: str | None, study_name: str,
 ) -> None:  # fmt: skip
     """Find a schedule for a budget by keeping the last token's representation where it was (VFlowOpt, section 3.4).
 
@@ -154,7 +158,7 @@ def tune(
         from .report import front_table, schedule_lines
         from .search_space import Budget, SearchSpace, parse_bytes
         from .tiny.trained import BENCH_KINDS
-        from .tune import FlowObjective, Resource, tune_front, tune_schedule
+        from .tune import FlowObjective, Measure, Resource, tune_front, tune_schedule
 
         tokens = max(1, side // 28)
         budget = Budget(keep, parse_bytes(kv_budget) if kv_budget else None, prefill_flops, tokens, tokens, text_tokens)
@@ -171,24 +175,25 @@ def tune(
                 shape, budget, tower=beyond and wants_tower, guidance=beyond if guidance is None else guidance, paper=not beyond
             )
             progress("calibrate", 0.0)
-            objective = FlowObjective(checkpoint, calibration, blocks=space.entry_blocks)
+            measure: Measure = "cosine" if objective == "cosine" or (objective is None and preset) else "overlap"
+            flow = FlowObjective(checkpoint, calibration, measure=measure, blocks=space.entry_blocks)
             search: dict[str, Any] = {
                 "fingerprint": checkpoint.fingerprint, "trials": count, "seed": seed, "startup": startup, "storage": study, "study_name": study_name,
-                "progress": lambda done, best: progress(f"trial {done} of {count}, best cosine {best:.4f}", done / count),
+                "progress": lambda done, best: progress(f"trial {done} of {count}, best {measure} {best:.4f}", done / count),
             }  # fmt: skip
             if pareto is None:
-                result = tune_schedule(objective, space, **search)
+                result = tune_schedule(flow, space, **search)
             else:
                 resource: Resource = "kv" if pareto == "kv" else "flops"
-                front = tune_front(objective, space, resource, **search)
+                front = tune_front(flow, space, resource, **search)
         if pareto is not None:
-            write_front(front, output, resource)
-            Console().print(front_table(front, resource))
+            write_front(front, output, resource, measure)
+            Console().print(front_table(front, resource, measure))
             click.echo(f"wrote {output}: a schedule a row, front.json" + (" and front.png" if (output / "front.png").exists() else ""))
             return
         result.schedule.save(output)
-        for line in schedule_lines(result.schedule, objective.shape):
+        for line in schedule_lines(result.schedule, flow.shape):
             click.echo(line)
         click.echo(f"prefill FLOPs {space.flops_share(result.schedule):.3f} of the unpruned at {side}×{side}")
-        click.echo(f"mean cosine {result.value:.4f} after {result.trials} trials; wrote {output}")
+        click.echo(f"mean {measure} {result.value:.4f} after {result.trials} trials; wrote {output}")
         click.echo(f"try next   vflow-export build --model {model} --schedule {output} --output DIR")

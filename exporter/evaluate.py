@@ -1,8 +1,8 @@
 """Evaluate: how often an engine or a pruning method answers rightly, how well it agrees with the unpruned model, and what it costs.
 
 An answer is right if it equals the expected one but for case, space and a final stop. Agreement needs no labels: the share of first tokens
-that are the unpruned model's, and the mean cosine of the last prompt token's hidden state. Every result carries its cost, so that methods are
-compared at equal average keep or at equal prefill FLOPs.
+that are the unpruned model's, the overlap of the two distributions of the first token, and the cosine of the last prompt token's hidden state. Every
+result carries its cost, so that methods are compared at equal average keep or at equal prefill FLOPs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..engines.results import kv_bytes as kv_cache_bytes
 from ..engines.session import Session
 from .budget import kv_bytes, prefill_flops
 from .data import LabelledSample
-from .reference import Question, ReferenceModel, Reply, cosine
+from .reference import Question, ReferenceModel, Reply, cosine, overlap
 from .schedule import Schedule, keep_count
 from .shape import ModelShape
 from .shared_tower import SharedTower, embed_plainly
@@ -48,9 +48,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Agreement:
-    """With the unpruned model on the same questions: share of equal first tokens, mean cosine of the last hidden state."""
+    """With the unpruned model on the same questions: share of equal first tokens, and means of the probability that both give alike to the first
+    token (1 − total variation distance) and of the last hidden state's cosine."""
 
     first_token: float
+    overlap: float
     cosine: float
 
 
@@ -109,6 +111,7 @@ class _Tally:
     def __init__(self) -> None:
         self.right: dict[str, list[bool]] = defaultdict(list)
         self.same_first: list[bool] = []
+        self.overlaps: list[float] = []
         self.cosines: list[float] = []
         self.visual_tokens: list[int] = []
         self.kept: list[int] = []
@@ -121,11 +124,13 @@ class _Tally:
             self.right[sample.kind].append(_plain(text) == _plain(sample.answer))
         if unpruned is not None:
             self.same_first.append(answer.token_ids[0] == unpruned.token_ids[0])
+            self.overlaps.append(overlap(answer.logits, unpruned.logits))
             self.cosines.append(cosine(answer.last_hidden, unpruned.last_hidden))
 
     def result(self, name: str) -> Evaluation:
         everything = [verdict for verdicts in self.right.values() for verdict in verdicts]
-        agreement = Agreement(float(np.mean(self.same_first)), float(np.mean(self.cosines))) if self.cosines else None
+        means = (float(np.mean(values)) for values in (self.same_first, self.overlaps, self.cosines))
+        agreement = Agreement(*means) if self.cosines else None
         return Evaluation(
             name=name,
             average_keep=float(np.mean(self.keep_shares)),
@@ -225,7 +230,7 @@ def _ask(session: Session, prepared: Prepared, limit: int) -> Reply:
     token_ids = [int(step.logits.argmax())]
     while token_ids[-1] not in session.engine.tokens.stop and len(token_ids) < limit and session.room:
         token_ids.append(int(session.decode(token_ids[-1]).logits.argmax()))
-    return Reply(hidden, tuple(token_ids))
+    return Reply(hidden, step.logits, tuple(token_ids))
 
 
 def _score(verdicts: Sequence[bool]) -> Score:

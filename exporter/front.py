@@ -9,14 +9,14 @@ from pathlib import Path
 
 from .plots import plot_lines
 from .schedule import ScheduleError
-from .tune import FrontPoint, Resource
+from .tune import MEASURES, FrontPoint, Measure, Resource
 
 __all__ = ["COST_NAMES", "write_front"]
 
 COST_NAMES = {"kv": "average keep (share of the visual KV cache)", "flops": "prefill FLOPs, share of the unpruned"}
 
 
-def write_front(front: Sequence[FrontPoint], folder: Path, resource: Resource) -> None:
+def write_front(front: Sequence[FrontPoint], folder: Path, resource: Resource, measure: Measure) -> None:
     """Write ``front.json``, ``schedule-NN.json`` a point, cheapest first, and ``front.png``.
 
     Raises:
@@ -28,8 +28,8 @@ def write_front(front: Sequence[FrontPoint], folder: Path, resource: Resource) -
     names = [f"schedule-{number:02d}.json" for number in range(len(front))]
     for name, point in zip(names, front, strict=True):
         point.schedule.save(folder / name)
-    rows = [{"schedule": name, "cosine": point.value, "cost": point.cost} for name, point in zip(names, front, strict=True)]
+    rows = [{"schedule": name, measure: point.value, "cost": point.cost} for name, point in zip(names, front, strict=True)]
     (folder / "front.json").write_text(json.dumps({"resource": resource, "points": rows}, indent=2) + "\n", encoding="utf-8")
     if find_spec("matplotlib") is not None:
         line = {"front": [(point.cost, point.value) for point in front]}
-        plot_lines(line, folder / "front.png", cost=COST_NAMES[resource], quality="mean cosine of the last hidden state", title="Front of schedules")
+        plot_lines(line, folder / "front.png", cost=COST_NAMES[resource], quality=MEASURES[measure], title="Front of schedules")

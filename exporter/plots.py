@@ -52,15 +52,15 @@ def plot_lines(lines: Mapping[str, PlotLine], path: Path, *, cost: str, quality:
 
 
 def evaluation_plot(results: Sequence[Evaluation], path: Path) -> None:
-    """Right answers, or where there are no labels the cosine, against prefill FLOPs: a line a method over its keeps."""
+    """Right answers, or where there are no labels the overlap, against prefill FLOPs: a line a method over its keeps."""
     labelled = all(result.total for result in results)
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in sorted(results, key=lambda result: result.prefill_flops):
-        quality = result.total.accuracy if labelled and result.total else result.agreement.cosine if result.agreement else None
+        quality = result.total.accuracy if labelled and result.total else result.agreement.overlap if result.agreement else None
         if quality is None:
             raise ScheduleError("nothing to plot: the data has no answers and no --reference was given")
         lines.setdefault(result.name, []).append((result.prefill_flops, quality))
-    quality_name = "share of right answers" if labelled else "cosine of the last hidden state with the unpruned model's"
+    quality_name = "share of right answers" if labelled else "overlap of the first token's distribution with the unpruned model's"
     plot_lines(lines, path, cost="prefill FLOPs, share of the unpruned", quality=quality_name, title="Quality against cost")
 
 

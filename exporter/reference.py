@@ -29,7 +29,7 @@ from .model import load_model, pruned_graphs
 from .models.qwen2_vl import LanguageGraph, VisionGraph, model_shape
 from .schedule import Schedule, keep_count
 
-__all__ = ["Embedded", "Picture", "Question", "ReferenceModel", "Reply", "TorchBackend", "cosine"]
+__all__ = ["Embedded", "Picture", "Question", "ReferenceModel", "Reply", "TorchBackend", "cosine", "overlap"]
 
 NUMPY_DTYPES: dict[torch.dtype, type[np.floating[Any]]] = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
@@ -141,9 +141,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a prefill and greedy decoding gave: ``last_hidden`` float32 [H] of the last prompt token after the final norm, generated tokens."""
+    """What a prefill and greedy decoding gave.
+
+    Attributes:
+        last_hidden: float32 [H], of the last prompt token after the final norm; logits: float32 [vocab_size], its own; token_ids: generated.
+    """
 
     last_hidden: NDArray[np.float32]
+    logits: NDArray[np.float32]
     token_ids: tuple[int, ...]
 
 
@@ -206,6 +211,7 @@ class ReferenceModel:
         )
         visual = [places.size, *(keep_count(question.visual_tokens, segment.keep) for segment in segments[1:])]
         lengths = np.array([visual], np.int64) + input_ids.size - places.size
+        prompt_logits = logits
         tokens: list[int] = []
         while len(tokens) < new_tokens:
             tokens.append(int(logits.argmax()))
@@ -221,9 +227,20 @@ class ReferenceModel:
                 past_lengths=lengths,
             )
             lengths, position = lengths + 1, position + 1
-        return Reply(last_hidden.astype(np.float32), tuple(tokens))
+        return Reply(last_hidden.astype(np.float32), prompt_logits, tuple(tokens))
 
 
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """cos(a, b), each [H]."""
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def overlap(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Probability that two next-token distributions share, Σ min(p, q) = 1 − total variation distance, from their logits, each [vocab_size]."""
+    return float(np.minimum(_softmax(a), _softmax(b)).sum())
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    shares: NDArray[np.float64] = exponentials / exponentials.sum()
+    return shares

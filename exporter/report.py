@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_table", "bytes_text", "evaluation_tables", "front_table", "run_lines", "schedule_lines", "verify_table"]
 
+AGREEMENT = ("first token", "overlap", "cosine")  # columns
 REPORT_TEXT_TOKENS = 64  # prompt length at which FLOPs are shown
 
 
@@ -95,7 +96,7 @@ def evaluation_tables(results: Sequence[Evaluation]) -> Iterator[Table]:
     """A row an engine or method: what it cost, right answers, agreement with the unpruned model; and right answers per kind."""
     labelled, agreed = any(result.total for result in results), any(result.agreement for result in results)
     count = max((result.total.n for result in results if result.total), default=0)
-    headings = ["keep", "FLOPs", "visual KV", "tokens", *(["right", "95 %"] if labelled else []), *(["first token", "cosine"] if agreed else [])]
+    headings = ["keep", "FLOPs", "visual KV", "tokens", *(["right", "95 %"] if labelled else []), *(AGREEMENT if agreed else [])]
     table = _table(f"{count} questions, share of right answers" if labelled else "agreement with the unpruned model", headings)
     for result in results:
         row = [f"{result.average_keep:.3f}", f"{result.prefill_flops:.3f}", bytes_text(result.kv_visual_bytes)]
@@ -103,7 +104,8 @@ def evaluation_tables(results: Sequence[Evaluation]) -> Iterator[Table]:
         if labelled:
             row += [f"{result.total.accuracy:.3f}", "{:.3f}–{:.3f}".format(*result.total.interval)] if result.total else ["", ""]
         if agreed:
-            row += [f"{result.agreement.first_token:.3f}", f"{result.agreement.cosine:.4f}"] if result.agreement else ["", ""]
+            same = result.agreement
+            row += [f"{same.first_token:.3f}", f"{same.overlap:.3f}", f"{same.cosine:.4f}"] if same else [""] * len(AGREEMENT)
         table.add_row(escape(result.name), *row)
     yield table
     kinds = list(dict.fromkeys(kind for result in results for kind in result.by_kind))
@@ -124,10 +126,10 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     return table
 
 
-def front_table(front: Sequence[FrontPoint], resource: str) -> Table:
+def front_table(front: Sequence[FrontPoint], resource: str, measure: str) -> Table:
     """A row a schedule, cheapest first."""
     table = Table(title=f"front of quality against {resource}", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("schedule", "average keep" if resource == "kv" else "prefill FLOPs", "cosine"):
+    for heading in ("schedule", "average keep" if resource == "kv" else "prefill FLOPs", measure):
         table.add_column(heading, justify="left" if heading == "schedule" else "right")
     for number, point in enumerate(front):
         table.add_row(f"schedule-{number:02d}.json", f"{point.cost:.4f}", f"{point.value:.4f}")

@@ -1,7 +1,9 @@
 """Flow-guided optimisation: schedules found by keeping the last token's representation where it was (VFlowOpt, section 3.4).
 
-h is the last prompt token after the final norm, without pruning, h(θ) with schedule θ; the mean of cos(h, h(θ)) over calibration samples is
-maximised. What does not change between trials is computed once: h, the tower up to the first place where a stage may stand, and the
+h is the last prompt token after the final norm, without pruning, h(θ) with schedule θ. The paper maximises the mean of cos(h, h(θ)) over calibration
+samples. All directions of h count alike there, though the model reads it through its output layer only; so by default h is read as the model does:
+p = softmax(W h) is the distribution of the first token of the answer, and the mean overlap Σ min(p, p(θ)) is maximised (docs/quality.md compares
+the two). What does not change between trials is computed once: h, the tower up to the first place where a stage may stand, and the
 statistics from which any global threshold's importance follows. A trial runs from its first stage on.
 """
 
@@ -16,26 +18,30 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
 from .data import CalibrationSample
-from .reference import ReferenceModel, cosine
+from .reference import ReferenceModel, Reply, cosine, overlap
 from .schedule import Schedule, ScheduleError
 from .search_space import SearchSpace
 from .shared_tower import SharedTower, embed_plainly
 from .study import finished_trials, open_study
 
-__all__ = ["CalibrationSample", "FlowObjective", "FrontPoint", "Resource", "TuneResult", "tune_front", "tune_schedule"]
+__all__ = ["MEASURES", "CalibrationSample", "FlowObjective", "FrontPoint", "Measure", "Resource", "TuneResult", "tune_front", "tune_schedule"]
 
 STARTUP_TRIALS = 10  # random, before the Gaussian process has something to go by
 Resource = Literal["kv", "flops"]
+Measure = Literal["overlap", "cosine"]
+MEASURES: dict[Measure, str] = {
+    "overlap": "mean overlap of the first token's distribution with the unpruned model's",
+    "cosine": "mean cosine of the last prompt token's hidden state with the unpruned model's",
+}
 Progress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """The best schedule, its objective (mean cosine), and how many trials the study holds."""
+    """The best schedule, its objective, and how many trials the study holds."""
 
     schedule: Schedule
     value: float
@@ -44,7 +50,7 @@ class TuneResult:
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A schedule that none beats in both: its objective (mean cosine) and what it costs (a share of the unpruned)."""
+    """A schedule that none beats in both: its objective and what it costs (a share of the unpruned)."""
 
     schedule: Schedule
     value: float
@@ -52,9 +58,11 @@ class FrontPoint:
 
 
 class FlowObjective:
-    """mean cos(h, h(θ)) over calibration samples, for any schedule of a model.
+    """How much of the unpruned model's last prompt token is left under a schedule: mean over calibration samples, 1 is all.
 
     Args:
+        measure: ``overlap`` of the first token's distributions, or ``cosine`` of the hidden states, as in the paper; where nearly every answer begins
+            alike (descriptions), only the cosine tells schedules apart.
         blocks: tower blocks before which the first tower stage may stand; the unpruned tower is kept at these.
 
     Raises:
@@ -62,19 +70,26 @@ class FlowObjective:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, samples: Sequence[CalibrationSample], *, blocks: Sequence[int] = (), dtype: torch.dtype = torch.float32
+        self,
+        checkpoint: Checkpoint,
+        samples: Sequence[CalibrationSample],
+        *,
+        measure: Measure = "overlap",
+        blocks: Sequence[int] = (),
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if not samples:
             raise ScheduleError("calibration needs at least one sample")
         for number, sample in enumerate(samples, 1):
             if not sample.images:
                 raise ScheduleError(f"calibration sample {number} ({sample.prompt:.40}) has no image; pruning has nothing to change there")
+        self.measure = measure
         self._reference = ReferenceModel(checkpoint, dtype)
         self.shape = self._reference.shape
         self._tower = SharedTower(self._reference, blocks)
         self._questions = [self._reference.read(sample.images, sample.prompt) for sample in samples]
         self._walked = [[self._tower.walk(picture) for picture in question.pictures] for question in self._questions]
-        self._unpruned = self._hidden(Schedule())
+        self._unpruned = self._replies(Schedule())
 
     @property
     def samples(self) -> int:
@@ -94,20 +109,26 @@ class FlowObjective:
     def score(self, schedule: Schedule) -> float:
         """The objective, from the first stage on."""
         schedule.check(self.shape)
-        return _mean_cosine(self._hidden(schedule), self._unpruned)
+        return self._mean(self._replies(schedule), self._unpruned)
 
     def score_plainly(self, schedule: Schedule) -> float:
         """The same with nothing kept between trials; what ``score`` is measured against."""
-        return _mean_cosine(self._hidden(schedule, plainly=True), self._hidden(Schedule(), plainly=True))
+        return self._mean(self._replies(schedule, plainly=True), self._replies(Schedule(), plainly=True))
 
-    def _hidden(self, schedule: Schedule, *, plainly: bool = False) -> list[NDArray[np.float32]]:
-        """h(θ) of each sample: float32 [H]."""
+    def _mean(self, pruned: Sequence[Reply], unpruned: Sequence[Reply]) -> float:
+        pairs = list(zip(pruned, unpruned, strict=True))
+        if self.measure == "cosine":
+            return float(np.mean([cosine(a.last_hidden, b.last_hidden) for a, b in pairs]))
+        return float(np.mean([overlap(a.logits, b.logits) for a, b in pairs]))
+
+    def _replies(self, schedule: Schedule, *, plainly: bool = False) -> list[Reply]:
+        """The last prompt token of each sample."""
         vision, language = self._reference.graphs(schedule)
-        hidden = []
+        replies = []
         for question, walked in zip(self._questions, self._walked, strict=True):
             embedded = [embed_plainly(vision, w.picture) if plainly else self._tower.embed(vision, w) for w in walked]
-            hidden.append(self._reference.reply(language, vision, question, embedded, new_tokens=0).last_hidden)
-        return hidden
+            replies.append(self._reference.reply(language, vision, question, embedded, new_tokens=0))
+        return replies
 
 
 def tune_schedule(
@@ -135,7 +156,7 @@ def tune_schedule(
     Raises:
         ScheduleError: Optuna is missing, the study belongs to another model or search, or the budget cannot be met.
     """
-    study = _study(space, fingerprint, ["maximize"], seed, startup, storage, study_name, space.starts() if start is None else start)
+    study = _study(objective, space, fingerprint, ["maximize"], seed, startup, storage, study_name, space.starts() if start is None else start)
 
     def evaluate(trial: Any) -> float:
         return objective.score(space.schedule(_suggest(trial, space)))
@@ -166,7 +187,7 @@ def tune_front(
     """
     if resource == "kv" and space.budget.bounds_keep:
         raise ScheduleError("a front over the KV cache leaves the keep open: leave out --keep and --kv-budget")
-    study = _study(space, fingerprint, ["maximize", "minimize"], seed, startup, storage, study_name, _spread(space))
+    study = _study(objective, space, fingerprint, ["maximize", "minimize"], seed, startup, storage, study_name, _spread(space))
 
     def evaluate(trial: Any) -> tuple[float, float]:
         schedule = space.schedule(_suggest(trial, space))
@@ -206,7 +227,7 @@ def _provenance(objective: FlowObjective, space: SearchSpace, seed: int, trials:
     budget = space.budget
     return {
         "method": "flow-guided search, Gaussian process",
-        "objective": "mean cosine of the last prompt token's hidden state with the unpruned model's",
+        "objective": MEASURES[objective.measure],
         "trials": trials,
         "seed": seed,
         "calibration": {"samples": objective.samples, "sha256": objective.fingerprint},
@@ -215,6 +236,7 @@ def _provenance(objective: FlowObjective, space: SearchSpace, seed: int, trials:
 
 
 def _study(
+    objective: FlowObjective,
     space: SearchSpace,
     fingerprint: str,
     directions: list[str],
@@ -230,7 +252,7 @@ def _study(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `deterministic_objective`
         sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, deterministic_objective=True)
     searched = repr(replace(space, shape=None)) + repr(directions)  # type: ignore[arg-type]  # only printed; the model has its fingerprint
-    identity = {"model": fingerprint, "space": hashlib.sha256(searched.encode()).hexdigest()[:16]}
+    identity = {"model": fingerprint, "space": hashlib.sha256(searched.encode()).hexdigest()[:16], "objective": objective.measure}
     return open_study(storage, study_name, directions=directions, sampler=sampler, identity=identity, start=start)
 
 
@@ -241,7 +263,3 @@ def _import_optuna() -> Any:
         raise ScheduleError("tuning needs Optuna: pip install 'vflow-export[tune]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
-
-
-def _mean_cosine(first: Sequence[NDArray[np.float32]], second: Sequence[NDArray[np.float32]]) -> float:
-    return float(np.mean([cosine(a, b) for a, b in zip(first, second, strict=True)]))

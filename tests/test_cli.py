@@ -311,7 +311,7 @@ def test_tune_writes_a_schedule_that_build_takes(call: Callable[..., Result], ra
     assert schedule.provenance["trials"] == 3
     assert schedule.provenance["calibration"]["samples"] == 2
     assert f"wrote {output}" in result.stdout
-    assert "best cosine" in result.stderr
+    assert "best overlap" in result.stderr
     built = call("build", "--model", random_checkpoint, "--schedule", output, "--output", tmp_path / "engine", *LIMITS)
     assert built.exit_code == 0, built.output
     assert f"schedule   from {output}" in built.stdout
@@ -323,8 +323,8 @@ def test_tune_writes_a_front_of_schedules(call: Callable[..., Result], random_ch
     result = call(*arguments, "--trials", 6)
     assert result.exit_code == 0, result.output
     points = json.loads((output / "front.json").read_text())["points"]
-    costs, cosines = [point["cost"] for point in points], [point["cosine"] for point in points]
-    assert costs == sorted(costs) and cosines == sorted(cosines)  # dearer is better, or it would not be on the front
+    costs, overlaps = [point["cost"] for point in points], [point["overlap"] for point in points]
+    assert costs == sorted(costs) and overlaps == sorted(overlaps)  # dearer is better, or it would not be on the front
     for point in points:
         assert load_schedule(output / point["schedule"]).average_keep(4) == pytest.approx(point["cost"])
     assert (output / "front.png").stat().st_size > 5000

@@ -67,8 +67,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["keep", "flops", "ablations", "tables"], default=["keep", "flops", "ablations", "tables"])
     parser.add_argument("--shard", type=int, default=0, help="answer every n-th question only, from this one on")
     parser.add_argument("--shards", type=int, default=1, help="n: so many processes share the questions")
-    parser.add_argument("--trials", type=int, default=150, help="of each search in flops and ablations")
-    parser.add_argument("--calibration", type=int, default=54, help="samples of each search")
+    parser.add_argument("--trials", type=int, default=60, help="of each search in flops and ablations")
+    parser.add_argument("--calibration", type=int, default=108, help="samples of each search")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -158,7 +158,7 @@ class Bench:
             samples = list(generated_samples(self.args.calibration, BENCH_KINDS, self.args.side, seed=CALIBRATION_SEED))
             self._objective = FlowObjective(self.checkpoint, samples, blocks=range(2, self.shape.tower.blocks))
         result = tune_schedule(self._objective, space, fingerprint=self.checkpoint.fingerprint, trials=self.args.trials)
-        print(f"{name}: cosine {result.value:.4f}", flush=True)
+        print(f"{name}: overlap {result.value:.4f}", flush=True)
         return result.schedule
 
 
@@ -213,7 +213,7 @@ def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     kinds = {kind: summed([result["by_kind"][kind] for result in results]) for kind in results[0]["by_kind"]}
     means = {name: mean(name) for name in ("average_keep", "prefill_flops", "visual_tokens", "kept")}
-    agreement = {name: mean("agreement", name) for name in ("first_token", "cosine")}
+    agreement = {name: mean("agreement", name) for name in ("first_token", "overlap", "cosine")}
     return {**results[0], **means, "total": summed([result["total"] for result in results]), "by_kind": kinds, "agreement": agreement}
 
 
@@ -255,14 +255,15 @@ def pivot(results: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> lis
 def details(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """A row a result: cost, right answers, kinds, agreement."""
     kinds = list(results[0]["by_kind"])
-    lines = ["| | keep | FLOPs | right | of unpruned | " + " | ".join(kinds) + " | first token | cosine |"]
-    lines.append("|---|" + "---|" * (6 + len(kinds)))
+    lines = ["| | keep | FLOPs | right | of unpruned | " + " | ".join(kinds) + " | first token | overlap | cosine |"]
+    lines.append("|---|" + "---|" * (7 + len(kinds)))
     whole = results[0]["total"]["accuracy"]
     for result in results:
         by_kind = [f"{result['by_kind'][kind]['accuracy']:.2f}" for kind in kinds]
         total, agreement = result["total"], result["agreement"]
         row = [result["name"], f"{result['average_keep']:.3f}", f"{result['prefill_flops']:.3f}", share(total), f"{total['accuracy'] / whole:.3f}"]
-        lines.append("| " + " | ".join([*row, *by_kind, f"{agreement['first_token']:.3f}", f"{agreement['cosine']:.4f}"]) + " |")
+        agreed = [f"{agreement['first_token']:.3f}", f"{agreement['overlap']:.3f}", f"{agreement['cosine']:.4f}"]
+        lines.append("| " + " | ".join([*row, *by_kind, *agreed]) + " |")
     return lines
 
 

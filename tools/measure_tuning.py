@@ -32,7 +32,7 @@ def main() -> None:
     tuned = [name for name in ("tuned", "tuned-tower") if tuned_schedule(checkpoint.fingerprint, args.keep, tower=name != "tuned")]
     schedules = {name: preset_schedule(name, shape, args.keep, fingerprint=checkpoint.fingerprint) for name in (*PRESETS, *tuned)}
     objective = FlowObjective(checkpoint, samples, blocks=sorted({s.tower_stages[0].layer for s in schedules.values() if s.tower_stages}))
-    print("| schedule | cosine | plain, s a trial | kept, s a trial | times faster |\n|---|---|---|---|---|")
+    print("| schedule | overlap | plain, s a trial | kept, s a trial | times faster |\n|---|---|---|---|---|")
     for name, schedule in schedules.items():
         objective.score(schedule)  # warm
         began = time.perf_counter()

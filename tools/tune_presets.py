@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--tower", action=argparse.BooleanOptionalAction, help="only with, or only without, tower stages")
-    parser.add_argument("--samples", type=int, default=54)
-    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=108)
+    parser.add_argument("--trials", type=int, default=120)
     parser.add_argument("--side", type=int, default=448)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
             result = tune_schedule(objective, space, fingerprint=checkpoint.fingerprint, trials=args.trials)
             path = args.output / f"{Path(args.model).name}-keep-{keep:.2f}{'-tower' if tower else ''}.json"
             result.schedule.save(path)
-            print(f"{path}: cosine {result.value:.4f}, FLOPs {space.flops_share(result.schedule):.3f}, {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{path}: overlap {result.value:.4f}, FLOPs {space.flops_share(result.schedule):.3f}, {time.monotonic() - began:.0f} s", flush=True)
             for line in schedule_lines(result.schedule, shape):
                 print(f"    {line}", flush=True)
 

@@ -6,20 +6,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from schedules import SCHEDULES
 from support import picture
 from vflow.exporter.checkpoint import open_checkpoint
+from vflow.exporter.reference import ReferenceModel
 from vflow.exporter.schedule import Importance, Schedule, ScheduleError, Stage
 from vflow.exporter.search_space import Budget, SearchSpace
+from vflow.exporter.shared_tower import embed_plainly
 from vflow.exporter.tune import CalibrationSample, FlowObjective, tune_schedule
 
 optuna = pytest.importorskip("optuna")
 
+SAMPLES = [CalibrationSample((picture(4, 5, seed),), "how many objects are there ?") for seed in range(3)]
+
 
 @pytest.fixture(scope="module")
 def objective(random_checkpoint: Path) -> FlowObjective:
-    samples = [CalibrationSample((picture(4, 5, seed),), "how many objects are there ?") for seed in range(3)]
-    return FlowObjective(open_checkpoint(str(random_checkpoint)), samples, blocks=(1, 2))
+    return FlowObjective(open_checkpoint(str(random_checkpoint)), SAMPLES, blocks=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def by_cosine(random_checkpoint: Path) -> FlowObjective:
+    return FlowObjective(open_checkpoint(str(random_checkpoint)), SAMPLES, measure="cosine")
 
 
 @pytest.fixture
@@ -27,8 +36,27 @@ def space(objective: FlowObjective) -> SearchSpace:
     return SearchSpace.for_model(objective.shape, Budget(keep=0.4, rows=4, columns=5))
 
 
-def test_nothing_pruned_keeps_the_representation(objective: FlowObjective) -> None:
+def test_nothing_pruned_keeps_everything(objective: FlowObjective, by_cosine: FlowObjective) -> None:
     assert objective.score(Schedule()) == pytest.approx(1.0, abs=1e-6)
+    assert by_cosine.score(Schedule()) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_both_measures_read_the_last_prompt_token(objective: FlowObjective, by_cosine: FlowObjective, random_checkpoint: Path) -> None:
+    schedule, reference = SCHEDULES["decoder"], ReferenceModel(open_checkpoint(str(random_checkpoint)))
+    weight = reference.model.get_output_embeddings().weight.detach().float()
+    cosines, overlaps = [], []
+    for sample in SAMPLES:
+        question = reference.read(sample.images, sample.prompt)
+        hidden = []
+        for pruned in (Schedule(), schedule):
+            vision, language = reference.graphs(pruned)
+            embedded = [embed_plainly(vision, picture) for picture in question.pictures]
+            hidden.append(torch.from_numpy(reference.reply(language, vision, question, embedded, new_tokens=0).last_hidden))
+        cosines.append(float(torch.cosine_similarity(*hidden, dim=0)))
+        whole, less = ((weight @ h).softmax(0) for h in hidden)
+        overlaps.append(1 - 0.5 * float((whole - less).abs().sum()))  # 1 − total variation
+    assert by_cosine.score(schedule) == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert objective.score(schedule) == pytest.approx(np.mean(overlaps), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))
@@ -67,7 +95,9 @@ def test_a_study_in_a_file_is_resumed(objective: FlowObjective, space: SearchSpa
     assert second.value >= first.value
 
 
-def test_a_study_of_another_model_or_search_is_refused(objective: FlowObjective, space: SearchSpace, tmp_path: Path) -> None:
+def test_a_study_of_another_model_search_or_objective_is_refused(
+    objective: FlowObjective, by_cosine: FlowObjective, space: SearchSpace, tmp_path: Path
+) -> None:
     study = str(tmp_path / "study.log")
     tune_schedule(objective, space, fingerprint="abc", trials=1, storage=study)
     with pytest.raises(ScheduleError, match="another model"):
@@ -75,6 +105,8 @@ def test_a_study_of_another_model_or_search_is_refused(objective: FlowObjective,
     other = SearchSpace.for_model(objective.shape, Budget(keep=0.2, rows=4, columns=5))
     with pytest.raises(ScheduleError, match="another space"):
         tune_schedule(objective, other, fingerprint="abc", trials=1, storage=study)
+    with pytest.raises(ScheduleError, match="another objective"):
+        tune_schedule(by_cosine, space, fingerprint="abc", trials=1, storage=study)
 
 
 def test_no_samples_are_refused(random_checkpoint: Path) -> None:

@@ -27,7 +27,7 @@ def score(right: int, n: int) -> dict[str, Any]:
 
 def result(name: str, right: int, n: int, *, target: float = 0.1, cosine: float = 0.9) -> dict[str, Any]:
     costs = {"average_keep": target, "prefill_flops": 0.5, "kv_visual_bytes": 10, "visual_tokens": 256.0, "kept": 26.0}
-    agreement = {"first_token": 0.5, "cosine": cosine}
+    agreement = {"first_token": 0.5, "overlap": 0.8, "cosine": cosine}
     return {"target": target, "name": name, **costs, "total": score(right, n), "by_kind": {"shape": score(right, n)}, "agreement": agreement}
 
 
