@@ -311,22 +311,8 @@ class Batcher:
                 self._leave(row.job, stop)
         if not self._rows:
             return
-        count = max(self._rows) + 1
-        tokens = np.zeros((count, 1), np.int64)
-        position_ids = np.zeros((3, count, 1), np.int64)
-        past_lengths = np.zeros((count, len(self.engine.segments)), np.int64)
-        for slot, row in self._rows.items():
-            tokens[slot], position_ids[:, slot], past_lengths[slot] = row.answer.token_ids[-1], row.position, row.lengths
         try:
-            logits, _ = self.backend.language(
-                input_ids=tokens,
-                position_ids=position_ids,
-                visual_embeds=np.zeros((0, self.engine.shape.decoder.hidden_size), self.backend.dtype),
-                visual_positions=np.zeros(0, np.int64),
-                importance=np.zeros(0, np.float32),
-                budget=0,
-                past_lengths=past_lengths,
-            )
+            logits = self._decode_step()
         except Exception as error:  # of all that took part, and nobody else
             self._fail([row.job for row in self._rows.values()], error)
             return
@@ -334,16 +320,33 @@ class Batcher:
             row.lengths, row.position = row.lengths + 1, row.position + 1
             self._push(row, logits[slot])
 
+    def _decode_step(self) -> NDArray[np.float32]:
+        """The last token of each row through the language graph: logits float32 [n, vocab_size] of the first n slots."""
+        count = max(self._rows) + 1
+        tokens = np.zeros((count, 1), np.int64)
+        position_ids = np.zeros((3, count, 1), np.int64)
+        past_lengths = np.zeros((count, len(self.engine.segments)), np.int64)
+        for slot, row in self._rows.items():
+            tokens[slot], position_ids[:, slot], past_lengths[slot] = row.answer.token_ids[-1], row.position, row.lengths
+        logits, _ = self.backend.language(
+            input_ids=tokens,
+            position_ids=position_ids,
+            visual_embeds=np.zeros((0, self.engine.shape.decoder.hidden_size), self.backend.dtype),
+            visual_positions=np.zeros(0, np.int64),
+            importance=np.zeros(0, np.float32),
+            budget=0,
+            past_lengths=past_lengths,
+        )
+        return logits
+
     def _push(self, row: _Row, logits: NDArray[np.float32]) -> None:
         """The next token of one request, and what it says."""
         try:
-            piece = row.answer.push(logits)
+            row.job.deliver(row.answer.push(logits))
+            if row.answer.finished:
+                self._leave(row.job, row.answer.result(kv_bytes(self.engine, self._slot_bytes)))
         except Exception as error:  # logits that are not finite, or text that cannot be decoded: this request's
             self._fail([row.job], error)
-            return
-        row.job.deliver(piece)
-        if row.answer.finished:
-            self._leave(row.job, row.answer.result(kv_bytes(self.engine, self._slot_bytes)))
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         """End requests by an error of the language graph, and leave nothing in their slots that is not finite."""

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_others_decode_between_two_prefills(batcher: Batcher, monkeypatch: pytes
     for ticket in tickets:
         ticket.result(PATIENCE)
     prefills = [number for number, (_, columns) in enumerate(steps) if columns > 1]
-    assert len(prefills) == 3 and all(second - first > 1 for first, second in zip(prefills, prefills[1:], strict=False))
+    assert len(prefills) == 3 and all(second - first > 1 for first, second in pairwise(prefills))
     assert max(rows for rows, _ in steps) > 1, "nothing was decoded as a batch"
 
 
