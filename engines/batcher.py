@@ -43,7 +43,7 @@ def slots_in(engine: Engine, kv_memory: int) -> int:
     """How many requests' KV caches fit into ``kv_memory`` bytes.
 
     Raises:
-        EngineError: not one's.
+        EngineError: not even one.
     """
     slots = kv_memory // slot_bytes(engine)
     if slots < 1:
