@@ -1,4 +1,4 @@
-"""An answer that grows token by token, until a stop token or the length that was asked for."""
+"""An answer that grows token by token, until a stop token, a stop string or the length that was asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .manifest import Engine
 from .request import Request
 from .results import GenerationResult, KvBytes, Prepared, stage_counts
 from .sampling import next_token
-from .text_stream import TextStream
+from .text_stream import StopStrings, TextStream
 
 __all__ = ["Answer"]
 
@@ -31,7 +31,7 @@ class Answer:
         self.finished = False
         self._limit, self._sampling, self._stop = request.max_new_tokens, request.sampling, engine.tokens.stop
         self._generator = np.random.default_rng(request.sampling.seed)
-        self._stream = TextStream(decode)
+        self._stream, self._stops = TextStream(decode), StopStrings(request.stop)
         self._pieces: list[str] = []
         self._prompt_tokens, self._visual_tokens = prepared.input_ids.size, prepared.visual_tokens
         self._stages, self._vision_seconds = stage_counts(engine, prepared.budgets), prepared.vision_seconds
@@ -52,10 +52,10 @@ class Answer:
             self._prefill_seconds, self._first_token = now - self._prefill_began, self._last_token
         self.token_ids.append(token)
         stopped = token in self._stop
-        self.finished = stopped or len(self.token_ids) == self._limit
-        piece = "" if stopped else self._stream.push(token)
-        if self.finished:
-            piece += self._stream.finish()
+        last = stopped or len(self.token_ids) == self._limit
+        text = "" if stopped else self._stream.push(token)
+        piece = self._stops.push(text + self._stream.finish() if last else text, last=last)
+        self.finished = last or self._stops.found
         self._pieces.append(piece)
         return piece
 
@@ -65,7 +65,7 @@ class Answer:
         return GenerationResult(
             text="".join(self._pieces),
             token_ids=tuple(self.token_ids),
-            finish_reason="stop" if self.token_ids[-1] in self._stop else "length",
+            finish_reason="stop" if self._stops.found or self.token_ids[-1] in self._stop else "length",
             prompt_tokens=self._prompt_tokens,
             visual_tokens=self._visual_tokens,
             stages=self._stages,

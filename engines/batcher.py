@@ -149,6 +149,7 @@ class Batcher:
         *,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
         keep_scale: float = 1.0,
         max_pixels: int | None = None,
         timeout: float | None = None,
@@ -177,6 +178,7 @@ class Batcher:
             images,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
+            stop=stop,
             keep_scale=keep_scale,
             max_pixels=max_pixels,
         )

@@ -49,7 +49,7 @@ class Request:
         token_ids: the prompt, with one image token an image.
         patches: of each image; grids: its rows and columns in visual tokens; budgets: visual tokens from which ratios are counted.
         max_new_tokens: for which there is room.
-        sampling: how tokens are chosen.
+        sampling: how tokens are chosen; stop: texts before the first of which the answer ends.
         read_seconds: what reading the images took.
     """
 
@@ -59,6 +59,7 @@ class Request:
     budgets: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams
+    stop: tuple[str, ...]
     read_seconds: float
 
 
@@ -70,6 +71,7 @@ def read_request(
     *,
     max_new_tokens: int | None = None,
     sampling: SamplingParams | None = None,
+    stop: Sequence[str] = (),
     keep_scale: float = 1.0,
     max_pixels: int | None = None,
 ) -> Request:
@@ -82,6 +84,8 @@ def read_request(
         raise EngineError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 < keep_scale <= 1:
         raise EngineError(f"keep_scale must be in (0, 1], got {keep_scale}")
+    if isinstance(stop, str) or not all(stop):
+        raise EngineError("stop must be a list of strings, none of them empty")
     processor = _image_processor(engine, max_pixels)
     token_ids = encoder.encode(prompt, len(images))
     began = time.perf_counter()
@@ -105,6 +109,7 @@ def read_request(
         budgets=tuple(budgets),
         max_new_tokens=max_new_tokens or min(DEFAULT_MAX_NEW_TOKENS, room),
         sampling=sampling or SamplingParams(),
+        stop=tuple(stop),
         read_seconds=read_seconds,
     )
 

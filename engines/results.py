@@ -113,7 +113,7 @@ class GenerationResult:
     Attributes:
         text: without special tokens.
         token_ids: generated ones, a stop token included.
-        finish_reason: ``stop`` token, or ``length`` reached.
+        finish_reason: ``stop`` token or text, or ``length`` reached.
         prompt_tokens: tokens that entered the language graph, surviving visual ones included.
         visual_tokens: original visual tokens of all images.
         stages: survivors stage by stage.

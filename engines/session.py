@@ -54,12 +54,15 @@ class Session:
         *,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
         keep_scale: float = 1.0,
         max_pixels: int | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> GenerationResult:
         """Answer a request; ``on_text`` is called with each piece of text as it appears. Arguments and errors as :meth:`stream`."""
-        stream = self.stream(prompt, images, max_new_tokens=max_new_tokens, sampling=sampling, keep_scale=keep_scale, max_pixels=max_pixels)
+        stream = self.stream(
+            prompt, images, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, keep_scale=keep_scale, max_pixels=max_pixels
+        )
         while True:
             try:
                 text = next(stream)
@@ -76,6 +79,7 @@ class Session:
         *,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
         keep_scale: float = 1.0,
         max_pixels: int | None = None,
     ) -> Generator[str, None, GenerationResult]:
@@ -86,6 +90,7 @@ class Session:
             images: files, Pillow images or uint8 [height, width, 3] arrays, in the order of their placeholders.
             max_new_tokens: refused if the engine has no room for them; None takes ``DEFAULT_MAX_NEW_TOKENS`` or what fits.
             sampling: None is greedy.
+            stop: texts before the first of which the answer ends.
             keep_scale: in (0, 1], share of the built budget that this request spends.
             max_pixels: images are scaled down to this many pixels; None takes the checkpoint's limit.
 
@@ -100,6 +105,7 @@ class Session:
             images,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
+            stop=stop,
             keep_scale=keep_scale,
             max_pixels=max_pixels,
         )
