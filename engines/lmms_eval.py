@@ -105,23 +105,16 @@ class VFlow(lmms):  # type: ignore[misc]  # Any, where the package is not instal
         for name, neutral in NEUTRAL.items():
             if options.get(name, neutral) not in (neutral, None):
                 raise EngineError(f"engines have no {name} (the task asks for {options[name]}); pass --gen_kwargs {name}={neutral}")
-        stream = self.session.stream(
+        result = self.session.generate(
             messages,
             images,
             max_new_tokens=options.get("max_new_tokens"),
             sampling=self._sampling(options),
+            stop=stop_strings(options),
             keep_scale=self._keep_scale,
             max_pixels=self._max_pixels,
         )
-        stops, text = stop_strings(options), ""
-        while True:
-            try:
-                text += next(stream)
-            except StopIteration as end:
-                return GenerationResult(text.strip(), TokenCounts(input_tokens=end.value.prompt_tokens, output_tokens=len(end.value.token_ids)))
-            found = [position for stop in stops if (position := text.find(stop)) >= 0]
-            if found:  # the stream is dropped: what would come, and how many tokens that is, nobody asked for
-                return GenerationResult(text[: min(found)].strip())
+        return GenerationResult(result.text.strip(), TokenCounts(input_tokens=result.prompt_tokens, output_tokens=len(result.token_ids)))
 
     def _sampling(self, options: Mapping[str, Any]) -> SamplingParams:
         temperature = options.get("temperature") or 0.0

@@ -13,7 +13,7 @@ from ..exporter.schedule import keep_count
 from .manifest import Engine
 from .positions import ImageSurvivors
 
-__all__ = ["GenerationResult", "KvBytes", "Prepared", "StageCount", "Step", "kv_bytes", "stage_counts"]
+__all__ = ["GenerationResult", "KvBytes", "Prepared", "StageCount", "Step", "kv_bytes", "slot_bytes", "stage_counts"]
 
 
 def stage_counts(engine: Engine, budgets: Sequence[int]) -> tuple[StageCount, ...]:
@@ -27,12 +27,21 @@ def stage_counts(engine: Engine, budgets: Sequence[int]) -> tuple[StageCount, ..
 
 
 def kv_bytes(engine: Engine, allocated: int) -> KvBytes:
-    """Sizes of the KV caches of an engine whose buffers have ``allocated`` bytes."""
-    decoder = engine.shape.decoder
-    itemsize = 2 if engine.precision == "fp16" else 4
-    token_bytes = 2 * decoder.kv_heads * decoder.head_dim * itemsize  # key and value of one token in one layer
+    """Sizes of the KV caches of one request whose buffers have ``allocated`` bytes."""
+    token_bytes = _token_bytes(engine)
     visual = sum(segment.layers * segment.visual_capacity for segment in engine.segments) * token_bytes
-    return KvBytes(allocated, visual, decoder.layers * engine.limits.max_visual_tokens * token_bytes)
+    return KvBytes(allocated, visual, engine.shape.decoder.layers * engine.limits.max_visual_tokens * token_bytes)
+
+
+def slot_bytes(engine: Engine) -> int:
+    """Bytes of the KV caches that one request takes, whatever it asks."""
+    return sum(segment.layers * segment.capacity for segment in engine.segments) * _token_bytes(engine)
+
+
+def _token_bytes(engine: Engine) -> int:
+    """Key and value of one token in one layer."""
+    decoder = engine.shape.decoder
+    return 2 * decoder.kv_heads * decoder.head_dim * (2 if engine.precision == "fp16" else 4)
 
 
 class Step(NamedTuple):
@@ -87,6 +96,11 @@ class Prepared:
     vision_seconds: float
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens of the prompt that are not visual."""
+        return self.input_ids.size - self.visual_positions.size
+
+    @property
     def budget(self) -> int:
         """Original visual tokens over all images from which later stages count."""
         return sum(self.budgets)
@@ -99,12 +113,12 @@ class GenerationResult:
     Attributes:
         text: without special tokens.
         token_ids: generated ones, a stop token included.
-        finish_reason: ``stop`` token, or ``length`` reached.
+        finish_reason: ``stop`` token or text, or ``length`` reached.
         prompt_tokens: tokens that entered the language graph, surviving visual ones included.
         visual_tokens: original visual tokens of all images.
         stages: survivors stage by stage.
-        kv_bytes: of the session's caches.
-        vision_s, prefill_s, ttft_s: seconds; ttft from the call to the first token chosen.
+        kv_bytes: of the request's caches.
+        vision_s, prefill_s, ttft_s: seconds; ttft from the call to the first token chosen, time in a queue included.
         tokens_per_s: decoding only, None if there was one token.
     """
 

@@ -1,10 +1,10 @@
-"""Text out of tokens one by one: no character is shown before all its tokens are there."""
+"""Text out of tokens one by one: no character is shown before all its tokens are there, and nothing from a stop string on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-__all__ = ["TextStream"]
+__all__ = ["StopStrings", "TextStream"]
 
 INCOMPLETE = "�"  # what decoders write for bytes that are not (yet) a character
 
@@ -39,3 +39,26 @@ class TextStream:
             return ""
         self._window, self._shown = self._shown, len(self._tokens)
         return after[len(before) :]
+
+
+class StopStrings:
+    """Cuts a text that arrives in pieces before the first of some strings; what may be the beginning of one is held back.
+
+    ``found`` says whether one has come.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.found = False
+        self._stops = stops
+        self._held = ""
+
+    def push(self, piece: str, *, last: bool) -> str:
+        """Add a piece; returns the text that is certain to stay. With the ``last``, nothing is held back."""
+        text = self._held + piece
+        if places := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        longest = 0 if last else max((len(stop) - 1 for stop in self._stops), default=0)
+        begun = next((n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+        self._held = text[len(text) - begun :]
+        return text[: len(text) - begun]

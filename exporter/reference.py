@@ -22,12 +22,12 @@ from ..engines.manifest import Segment, TokenIds
 from ..engines.positions import ImageSurvivors, prompt_positions, text_positions
 from ..engines.preprocess import load_image, preprocess_image
 from ..engines.prompt import PromptEncoder, expand_image_tokens
-from ..engines.session import ImageSource
+from ..engines.request import ImageSource, prompt_lengths
 from .build import copy_text_files, image_processor
 from .checkpoint import Checkpoint
 from .model import load_model, pruned_graphs
 from .models.qwen2_vl import LanguageGraph, VisionGraph, model_shape
-from .schedule import Schedule, keep_count
+from .schedule import Schedule
 
 __all__ = ["Embedded", "Picture", "Question", "ReferenceModel", "Reply", "TorchBackend", "cosine", "overlap"]
 
@@ -45,6 +45,7 @@ class TorchBackend:
         self._vision, self._language = vision, language
         self._dtype: torch.dtype = next(language.parameters()).dtype
         self.dtype = NUMPY_DTYPES[self._dtype]
+        self.slots = 1
         self._caches = []
         for segment in segments:
             for _ in range(segment.layers):
@@ -56,7 +57,7 @@ class TorchBackend:
         """Bytes of the KV caches."""
         return sum(key.nbytes + value.nbytes for key, value in self._caches)
 
-    def clear_caches(self) -> None:
+    def clear_caches(self, slot: int | None = None) -> None:
         """Overwrite the caches with zeros."""
         for key, value in self._caches:
             key.zero_()
@@ -83,8 +84,9 @@ class TorchBackend:
         importance: NDArray[np.float32],
         budget: int,
         past_lengths: NDArray[np.int64],
+        slot: int = 0,
     ) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """As ``OnnxRuntimeBackend.language``."""
+        """As ``OnnxRuntimeBackend.language``, for one request."""
         logits, last_hidden, self._caches = self._language(
             torch.from_numpy(input_ids),
             torch.from_numpy(position_ids),
@@ -95,7 +97,7 @@ class TorchBackend:
             torch.from_numpy(past_lengths),
             self._caches,
         )
-        return logits[0].numpy(), last_hidden[0].numpy()
+        return logits.numpy(), last_hidden.numpy()
 
 
 Embedded = tuple[Tensor, Tensor, Tensor]  # visual_embeds T [M, H], importance float32 [M], index int64 [M] of one picture
@@ -209,9 +211,9 @@ class ReferenceModel:
             budget=question.visual_tokens,
             past_lengths=np.zeros((1, len(segments)), np.int64),
         )
-        visual = [places.size, *(keep_count(question.visual_tokens, segment.keep) for segment in segments[1:])]
-        lengths = np.array([visual], np.int64) + input_ids.size - places.size
-        prompt_logits = logits
+        sizes = {"text_tokens": question.text_tokens, "visual_tokens": places.size, "budget": question.visual_tokens}
+        lengths = prompt_lengths(segments, **sizes)[None]
+        prompt_logits = logits[0]
         tokens: list[int] = []
         while len(tokens) < new_tokens:
             tokens.append(int(logits.argmax()))
@@ -227,7 +229,7 @@ class ReferenceModel:
                 past_lengths=lengths,
             )
             lengths, position = lengths + 1, position + 1
-        return Reply(last_hidden.astype(np.float32), prompt_logits, tuple(tokens))
+        return Reply(last_hidden[0].astype(np.float32), prompt_logits, tuple(tokens))
 
 
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -11,16 +11,20 @@ __all__ = ["Backend"]
 
 
 class Backend(Protocol):
-    """Two graphs and the KV caches between their calls; shapes and dtypes in docs/architecture.md."""
+    """Two graphs and the KV caches between their calls; shapes and dtypes in docs/architecture.md.
+
+    The caches have ``slots`` rows, each for one request. ``vision`` may run in another thread than the rest.
+    """
 
     dtype: type[np.floating[Any]]
+    slots: int
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV caches, read off the buffers themselves."""
+        """Bytes of the KV caches of all slots, read off the buffers themselves."""
 
-    def clear_caches(self) -> None:
-        """Overwrite the caches with finite numbers."""
+    def clear_caches(self, slot: int | None = None) -> None:
+        """Overwrite the caches of one slot, or of all, with finite numbers."""
 
     def vision(
         self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
@@ -37,5 +41,7 @@ class Backend(Protocol):
         importance: NDArray[np.float32],
         budget: int,
         past_lengths: NDArray[np.int64],
+        slot: int = 0,
     ) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Append S tokens to the caches: ``logits`` float32 [vocab_size] and ``last_hidden`` T [hidden_size] of the last one."""
+        """Append S tokens to the caches of B slots from ``slot`` on: ``logits`` float32 [B, vocab_size] and ``last_hidden`` T [B, hidden_size] of the
+        last ones."""

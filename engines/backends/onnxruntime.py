@@ -1,7 +1,9 @@
 """ONNX Runtime: both graphs, and KV caches that are updated where they lie.
 
-The caches are allocated once, at the capacity of their segment, and bound both as input and as output of ``language.onnx``, so that
-``TensorScatter`` writes into them and nothing copies them. No other module knows that they exist.
+The caches are allocated once, for all slots, at the capacity of their segment. The rows of the slots that a call is for are bound both as input
+and as output of ``language.onnx``, so that ``TensorScatter`` writes into them and nothing copies them. No other module knows that they exist.
+
+The vision graph and the language graph are two sessions of the runtime, which run side by side; of the language graph's bindings, one call at a time.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ LANGUAGE_INPUTS = frozenset(
 
 
 class OnnxRuntimeBackend:
-    """The graphs of one engine, loaded for one request at a time.
+    """The graphs of one engine, and KV caches for ``slots`` requests.
 
     Args:
         engine: checked engine directory.
+        slots: rows of every cache.
         provider: ``cpu`` or ``cuda``; None takes CUDA where the installed runtime has it.
         threads: of each operator; None leaves it to the runtime.
 
@@ -46,8 +49,11 @@ class OnnxRuntimeBackend:
         EngineError: no runtime, one that is too old or lacks the provider, or graphs that it cannot load.
     """
 
-    def __init__(self, engine: Engine, *, provider: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, engine: Engine, *, slots: int = 1, provider: str | None = None, threads: int | None = None) -> None:
+        if slots < 1:
+            raise EngineError(f"slots must be at least 1, got {slots}")
         runtime = _import_runtime()
+        self.slots = slots
         self.provider = _choose_provider(provider, runtime.get_available_providers())
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
         self._runtime = runtime
@@ -60,17 +66,17 @@ class OnnxRuntimeBackend:
         self._vision = self._load(engine, engine.vision, options, provider)
         self._language = self._load(engine, engine.language, options, provider)
         self._caches = self._allocate_caches(engine)
-        self._logits = np.zeros((1, engine.shape.decoder.vocab_size), np.float32)
-        self._last_hidden = np.zeros((1, engine.shape.decoder.hidden_size), self.dtype)
-        self._binding = self._bind()
+        self._logits = np.zeros((slots, engine.shape.decoder.vocab_size), np.float32)
+        self._last_hidden = np.zeros((slots, engine.shape.decoder.hidden_size), self.dtype)
+        self._bindings: dict[tuple[int, int], Any] = {}  # by first slot and number of slots, made when first needed
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV caches, read off the buffers themselves."""
+        """Bytes of the KV caches of all slots, read off the buffers themselves."""
         return sum(int(value.tensor_size_in_bytes()) for value in self._caches.values())
 
     def cache_array(self, layer: int, kind: str) -> NDArray[Any]:
-        """A copy of one layer's ``key`` or ``value`` cache, T [1, kv_heads, capacity, head_dim]; for tests and reports."""
+        """A copy of one layer's ``key`` or ``value`` cache, T [slots, kv_heads, capacity, head_dim]; for tests and reports."""
         array: NDArray[Any] = self._caches[CACHE_INPUT.format(layer=layer, kind=kind)].numpy().copy()
         return array
 
@@ -78,10 +84,12 @@ class OnnxRuntimeBackend:
         """Address of each cache by input name; it never changes."""
         return {name: int(value.data_ptr()) for name, value in self._caches.items()}
 
-    def clear_caches(self) -> None:
-        """Overwrite the caches with zeros: masked positions must hold finite numbers, since 0 · NaN is NaN."""
+    def clear_caches(self, slot: int | None = None) -> None:
+        """Overwrite the caches of one slot, or of all, with zeros: masked positions must hold finite numbers, since 0 · NaN is NaN."""
         for value in self._caches.values():
-            value.update_inplace(np.zeros(value.shape(), self.dtype))
+            contents = value.numpy().copy()  # an OrtValue is written whole, and this is done where logits have overflowed only
+            contents[slice(None) if slot is None else slot] = 0
+            value.update_inplace(contents)
 
     def vision(
         self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
@@ -118,20 +126,22 @@ class OnnxRuntimeBackend:
         importance: NDArray[np.float32],
         budget: int,
         past_lengths: NDArray[np.int64],
+        slot: int = 0,
     ) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Run the language graph on tokens that follow those in the caches, and add them to the caches.
+        """Run the language graph on tokens that follow those in the caches of B slots, and add them to the caches.
 
         Args:
-            input_ids: int64 [1, S].
-            position_ids: int64 [3, 1, S].
+            input_ids: int64 [B, S]; with B > 1, S is 1 and there are no visual tokens.
+            position_ids: int64 [3, B, S].
             visual_embeds: T [V, hidden_size].
             visual_positions: int64 [V].
             importance: float32 [V].
             budget: N over all images, 0 without any.
-            past_lengths: int64 [1, segments].
+            past_lengths: int64 [B, segments].
+            slot: of the first row.
 
         Returns:
-            ``logits`` float32 [vocab_size] and ``last_hidden`` T [hidden_size] of the last token, both copies.
+            ``logits`` float32 [B, vocab_size] and ``last_hidden`` T [B, hidden_size] of the last token of each row, both copies.
 
         Raises:
             EngineError: the runtime failed, out of memory for instance.
@@ -146,13 +156,15 @@ class OnnxRuntimeBackend:
             "past_lengths": past_lengths,
         }
         feed = {name: np.ascontiguousarray(value) for name, value in feed.items() if name in self._language_inputs}
+        rows = slice(slot, slot + input_ids.shape[0])
+        binding = self._binding(rows.start, rows.stop)
         for name, value in feed.items():  # `feed` must outlive the run: the binding holds addresses
-            self._binding.bind_cpu_input(name, value)
+            binding.bind_cpu_input(name, value)
         try:
-            self._language.run_with_iobinding(self._binding)
+            self._language.run_with_iobinding(binding)
         except self._failures as error:
             raise EngineError(f"language graph failed on {input_ids.shape[1]} tokens: {_first_line(error)}; try a shorter request") from error
-        return self._logits[0].copy(), self._last_hidden[0].copy()
+        return self._logits[rows].copy(), self._last_hidden[rows].copy()
 
     def _load(self, engine: Engine, graph: Graph, options: Any, provider: str | None) -> Any:
         path = engine.path / graph.file
@@ -174,19 +186,23 @@ class OnnxRuntimeBackend:
         for segment in engine.segments:
             for layer in range(segment.first_layer, segment.end_layer):
                 for kind in CACHE_KINDS:
-                    zeros = np.zeros((1, decoder.kv_heads, segment.capacity, decoder.head_dim), self.dtype)
+                    zeros = np.zeros((self.slots, decoder.kv_heads, segment.capacity, decoder.head_dim), self.dtype)
                     caches[CACHE_INPUT.format(layer=layer, kind=kind)] = self._runtime.OrtValue.ortvalue_from_numpy(zeros, self.provider, 0)
         return caches
 
-    def _bind(self) -> Any:
-        """Bind what stays: the caches, on both sides, and the buffers of the two results."""
-        binding = self._language.io_binding()
-        for name, value in self._caches.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
-        for name, buffer in (("logits", self._logits), ("last_hidden", self._last_hidden)):
-            binding.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
-        return binding
+    def _binding(self, start: int, stop: int) -> Any:
+        """What stays between calls for these slots: their rows of the caches, on both sides, and of the buffers of the two results."""
+        if (start, stop) not in self._bindings:
+            binding = self._language.io_binding()
+            for name, value in self._caches.items():
+                shape = [stop - start, *value.shape()[1:]]
+                address = value.data_ptr() + start * (value.tensor_size_in_bytes() // self.slots)
+                binding.bind_input(name, self.provider, 0, self.dtype, shape, address)
+                binding.bind_output(name.replace("past_key_values", "present"), self.provider, 0, self.dtype, shape, address)
+            for name, buffer in (("logits", self._logits[start:stop]), ("last_hidden", self._last_hidden[start:stop])):
+                binding.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+            self._bindings[start, stop] = binding
+        return self._bindings[start, stop]
 
 
 def check_version(version: str) -> None:

@@ -48,6 +48,7 @@ class TensorRTBackend:
         self.device = Device(runtime)
         _check_capability(built, self.device.compute_capability)
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
+        self.slots = 1  # the profiles are built for one request
         self._logger, self._errors = _logger(self._trt)
         loader = self._trt.Runtime(self._logger)
         self._scratch: Buffer | None = None
@@ -60,7 +61,7 @@ class TensorRTBackend:
         """Bytes of the KV caches."""
         return sum(self._language.largest(self._language.tensors[name]) for name in self._caches)
 
-    def clear_caches(self) -> None:
+    def clear_caches(self, slot: int | None = None) -> None:
         """Overwrite the caches with zeros: masked positions must hold finite numbers, since 0 · NaN is NaN."""
         for buffer in self._caches.values():
             buffer.clear()
@@ -85,6 +86,7 @@ class TensorRTBackend:
         importance: NDArray[np.float32],
         budget: int,
         past_lengths: NDArray[np.int64],
+        slot: int = 0,
     ) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Append S tokens to the caches; arguments and results as the language graph's, for B = 1."""
         sizes = {"batch": 1, "length": input_ids.shape[1], "visual": visual_positions.size, "budget": budget}
@@ -98,7 +100,7 @@ class TensorRTBackend:
             "past_lengths": past_lengths,
         }
         outputs = self._language.run(sizes, feed, ("logits", "last_hidden"))
-        return outputs["logits"][0], outputs["last_hidden"][0]
+        return outputs["logits"], outputs["last_hidden"]
 
     def scratch(self, size: int) -> Buffer:
         """Memory for a context's activations, shared by all; it grows to what the largest request needed."""

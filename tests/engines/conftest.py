@@ -119,13 +119,14 @@ def language_graph(schedule: Schedule, dtype: str) -> GraphBuilder:
         g.inputs += [tensor("importance", "float32", "V"), tensor("budget_tokens", "int32", "N")]
 
     table = g.const(rng.normal(size=(d.vocab_size, d.hidden_size)), dtype)
-    text = g.op("Squeeze", g.op("Gather", table, "input_ids"), g.const([0]))  # [S, H]
+    text = g.op("Reshape", g.op("Gather", table, "input_ids"), g.const([-1, d.hidden_size]))  # [B · S, H]
     columns = g.op("Unsqueeze", "visual_positions", g.const([1]))  # [V, 1]
     hidden = g.op("ScatterND", text, columns, "visual_embeds")
     angles = g.op(
         "MatMul", g.op("Cast", g.op("Transpose", "position_ids", perm=[1, 2, 0]), to=ONNX_TYPES[dtype]), g.const([[0.3], [0.5], [0.7]], dtype)
     )
-    hidden = g.op("Add", g.op("Unsqueeze", hidden, g.const([0])), g.op("Sin", angles))  # [1, S, H]
+    rows = g.op("Concat", g.op("Shape", "input_ids"), g.const([d.hidden_size]), axis=0)
+    hidden = g.op("Add", g.op("Reshape", hidden, rows), g.op("Sin", angles))  # [B, S, H]
     alive = g.length("visual_embeds")
     for number, (first, end, keep) in enumerate(segments):
         if number:

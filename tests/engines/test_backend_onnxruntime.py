@@ -29,7 +29,7 @@ module.LOG_SEVERITY = 2  # warnings
 backend = module.OnnxRuntimeBackend(open_engine(sys.argv[1]), provider="cpu", threads=1)
 if sys.argv[2] == "copying":  # what the backend must not do: other buffers for the outputs
     for name, value in backend._caches.items():
-        backend._binding.bind_output(name.replace("past_key_values", "present"), "cpu")
+        backend._binding(0, 1).bind_output(name.replace("past_key_values", "present"), "cpu")
 before = backend.cache_pointers()
 for past in range(3):
     backend.language(input_ids=np.array([[7]]), position_ids=text_positions(past, 1)[:, None], visual_embeds=np.zeros((0, 16), np.float32),
@@ -40,8 +40,8 @@ print(np.abs(backend.cache_array(0, "key")).sum(axis=(0, 1, 3)).nonzero()[0].tol
 
 
 def language(backend: OnnxRuntimeBackend, tokens: list[int], past: int) -> tuple[np.ndarray, np.ndarray]:
-    """A chunk of text without images."""
-    return backend.language(
+    """A chunk of text without images: logits [vocab_size], last_hidden [hidden_size]."""
+    logits, last_hidden = backend.language(
         input_ids=np.array([tokens]),
         position_ids=text_positions(past, len(tokens))[:, None],
         visual_embeds=np.zeros((0, 16), backend.dtype),
@@ -50,6 +50,7 @@ def language(backend: OnnxRuntimeBackend, tokens: list[int], past: int) -> tuple
         budget=0,
         past_lengths=np.full((1, 2), past, np.int64),
     )
+    return logits[0], last_hidden[0]
 
 
 @pytest.fixture(scope="module")

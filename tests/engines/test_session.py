@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from vflow.engines import Engine, EngineError, ImageError, SamplingParams, Session, open_engine
 from vflow.engines.backends.onnxruntime import OnnxRuntimeBackend
-from vflow.engines.session import DEFAULT_MAX_NEW_TOKENS
+from vflow.engines.request import DEFAULT_MAX_NEW_TOKENS
 from vflow.exporter.schedule import Schedule, Stage
 
 MakeStandin = Callable[..., Path]
@@ -254,9 +254,8 @@ def test_an_abandoned_stream_does_not_disturb_the_next_request(session: Session)
 
 def test_logits_that_overflow_do_not_poison_the_next_request(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = session.generate("hello", max_new_tokens=4).token_ids
-    prepared = session.prepare("hello", [SMALL])
-    broken = replace(prepared, visual_embeds=np.full_like(prepared.visual_embeds, np.nan))
-    monkeypatch.setattr(session, "prepare", lambda *_, **__: broken)
+    vision = session.backend.vision
+    monkeypatch.setattr(session.backend, "vision", lambda *inputs: (np.full_like(vision(*inputs)[0], np.nan), *vision(*inputs)[1:]))
     with pytest.raises(EngineError, match="not finite"):
         session.generate("hello", [SMALL])
     monkeypatch.undo()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from vflow.engines.text_stream import TextStream
+from vflow.engines.text_stream import StopStrings, TextStream
 
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 
@@ -72,3 +72,23 @@ def test_long_answers_cost_the_same_for_each_token() -> None:
     stream = TextStream(decode)
     assert all(stream.push(token) == "x" for token in range(200))
     assert max(lengths) <= 2
+
+
+@given(st.text("ab.", max_size=12), st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3), st.data())
+def test_a_text_in_pieces_is_cut_where_the_whole_would_be(text: str, stops: list[str], data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    stream, shown = StopStrings(stops), ""
+    for number, piece in enumerate(pieces):
+        shown += stream.push(piece, last=number == len(pieces) - 1)
+        if stream.found:
+            break
+    places = [text.find(stop) for stop in stops if stop in text]
+    assert stream.found == bool(places)
+    assert shown in ([text[:place] for place in places] or [text])  # of two that overlap, the one that is complete first
+
+
+def test_what_may_begin_a_stop_is_held_back_no_longer_than_needed() -> None:
+    stream = StopStrings(["end."])
+    assert [stream.push(piece, last=False) for piece in ("an e", "nd", " en", "d.x")] == ["an ", "", "end ", ""]
+    assert stream.found
