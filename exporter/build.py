@@ -25,7 +25,7 @@ from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
 from .onnx_writer import write_graphs
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS
 from .schedule import Schedule
-from .tensorrt_targets import build_target, check_targets, gpu_capability
+from .tensorrt.targets import build_target, check_targets, gpu_capability
 from .trace import trace_language, trace_vision
 
 __all__ = [

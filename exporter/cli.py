@@ -72,7 +72,7 @@ def build(
         from .models.qwen2_vl import model_shape
         from .report import build_table
         from .schedule import load_schedule, unpruned_schedule
-        from .tensorrt_targets import check_targets
+        from .tensorrt.targets import check_targets
 
         engines_for = tuple(dict.fromkeys(target for target in targets if target != "onnxruntime"))
         check_targets(engines_for, capabilities)  # before a checkpoint is downloaded

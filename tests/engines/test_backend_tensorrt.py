@@ -20,8 +20,8 @@ from vflow.engines.backends.tensorrt import TensorRTBackend
 from vflow.engines.graphs import BuiltEngine, Graph, Profile, Target
 from vflow.engines.manifest import Engine
 from vflow.exporter.schedule import Schedule, Stage
-from vflow.exporter.tensorrt_graph import engine_interface
-from vflow.exporter.tensorrt_profiles import language_profiles, vision_profiles
+from vflow.exporter.tensorrt.graph import engine_interface
+from vflow.exporter.tensorrt.profiles import language_profiles, vision_profiles
 
 SCHEDULE = Schedule((Stage("tower", 2, 700), Stage("decoder", 0, 500, 2.0), Stage("decoder", 2, 250)), guidance_weight=0.5)
 PROMPT = "how many objects are there ?"

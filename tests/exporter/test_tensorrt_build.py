@@ -26,13 +26,13 @@ from test_tensorrt_network import SCHEDULE
 from vflow.engines import EngineError, open_engine
 from vflow.engines.graphs import GRAPHS, BuiltEngine
 from vflow.engines.manifest import Engine, Limits
-from vflow.exporter import tensorrt_targets
 from vflow.exporter.cli import main
-from vflow.exporter.tensorrt_engine import EngineJob
-from vflow.exporter.tensorrt_graph import graph_for_target
-from vflow.exporter.tensorrt_library import load_library
-from vflow.exporter.tensorrt_profiles import vision_profiles
-from vflow.exporter.tensorrt_targets import RTX_CAPABILITIES, build_target, check_targets, gpu_capability
+from vflow.exporter.tensorrt import targets as tensorrt_targets
+from vflow.exporter.tensorrt.engine import EngineJob
+from vflow.exporter.tensorrt.graph import graph_for_target
+from vflow.exporter.tensorrt.library import load_library
+from vflow.exporter.tensorrt.profiles import vision_profiles
+from vflow.exporter.tensorrt.targets import RTX_CAPABILITIES, build_target, check_targets, gpu_capability
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
@@ -323,7 +323,7 @@ def test_the_process_ends_when_whoever_started_it_does(source: tuple[Engine, Pat
     """As after SIGKILL, when nothing can be cleaned up: its stdin closes."""
     engine, folder = source
     job = job_of(engine, folder)
-    process = subprocess.Popen([sys.executable, "-m", "vflow.exporter.tensorrt_engine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "vflow.exporter.tensorrt.engine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     answer, _ = process.communicate(json.dumps(job.to_dict()).encode() + b"\n", timeout=60)
     assert process.returncode == 1
     assert answer == b""
@@ -332,7 +332,7 @@ def test_the_process_ends_when_whoever_started_it_does(source: tuple[Engine, Pat
 
 def test_the_process_does_not_load_what_only_exporting_needs() -> None:
     """PyTorch would be a third of its memory, and of its time."""
-    code = "import sys, vflow.exporter.tensorrt_engine; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, vflow.exporter.tensorrt.engine; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..engines.errors import EngineError
-from ..engines.graphs import TensorInfo
-from .tensorrt_library import Library
+from ...engines.errors import EngineError
+from ...engines.graphs import TensorInfo
+from .library import Library
 
 __all__ = ["NetworkError", "Parsed", "check_network", "layer_report", "parse_graph_file", "patch_attention"]
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import onnx
 
-from ..engines.errors import EngineError
-from ..engines.graphs import GRAPHS, Graph, Profile
-from ..engines.manifest import Limits, Segment
-from .tensorrt_engine import EngineJob
-from .tensorrt_graph import engine_interface, graph_for_target
-from .tensorrt_library import MODULES, SWITCH
-from .tensorrt_profiles import language_profiles, vision_profiles
+from ...engines.errors import EngineError
+from ...engines.graphs import GRAPHS, Graph, Profile
+from ...engines.manifest import Limits, Segment
+from .engine import EngineJob
+from .graph import engine_interface, graph_for_target
+from .library import MODULES, SWITCH
+from .profiles import language_profiles, vision_profiles
 
 __all__ = ["RTX_CAPABILITIES", "build_target", "check_targets", "gpu_capability"]
 
@@ -138,7 +138,7 @@ def _run(job: EngineJob, waiting: Callable[[], None]) -> dict[str, Any]:
     environment = {**os.environ, SWITCH: str(int(job.target == "tensorrt-rtx")), "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.tensorrt_engine"], stdin=subprocess.PIPE, stdout=answer, stderr=complaints, env=environment
+            [sys.executable, "-m", f"{__package__}.engine"], stdin=subprocess.PIPE, stdout=answer, stderr=complaints, env=environment
         )
         assert process.stdin is not None
         try:
