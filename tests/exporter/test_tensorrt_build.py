@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import json
@@ -24,6 +25,7 @@ from PIL import Image
 from support import MAX_TEXT_TOKENS, MAX_VISUAL_TOKENS, picture
 from test_tensorrt_network import SCHEDULE
 from vflow.engines import EngineError, open_engine
+from vflow.engines.backends.cuda import gpu_capability
 from vflow.engines.graphs import GRAPHS, BuiltEngine
 from vflow.engines.manifest import Engine, Limits
 from vflow.exporter.cli import main
@@ -32,7 +34,7 @@ from vflow.exporter.tensorrt.engine import EngineJob
 from vflow.exporter.tensorrt.graph import graph_for_target
 from vflow.exporter.tensorrt.library import load_library
 from vflow.exporter.tensorrt.profiles import vision_profiles
-from vflow.exporter.tensorrt.targets import RTX_CAPABILITIES, build_target, check_targets, gpu_capability
+from vflow.exporter.tensorrt.targets import RTX_CAPABILITIES, build_target, check_targets
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
@@ -166,6 +168,22 @@ def test_a_flipped_byte_is_refused_by_name(built: dict[str, Engine], tmp_path: P
     open_engine(copy)
 
 
+@pytest.mark.skipif(LOCAL_GPU is not None, reason="there is a GPU here")
+def test_running_an_engine_needs_a_gpu_and_says_so(built: dict[str, Engine]) -> None:
+    result = call("run", built["tower"].path, "--target", "tensorrt-rtx", "--prompt", "how many objects are there ?")
+    refused(result, "no NVIDIA GPU that CUDA can use")
+    assert result.stderr.rstrip().endswith("use ONNX Runtime")
+
+
+def test_an_altered_engine_is_refused_by_name_before_anything_else(built: dict[str, Engine], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built["tower"].path, tmp_path / "engine"))
+    with (copy / "tensorrt-rtx" / "language.engine").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"altered")
+    result = call("run", copy, "--target", "tensorrt-rtx", "--prompt", "how many objects are there ?")
+    refused(result, "tensorrt-rtx/language.engine: damaged, its SHA-256 is not the one built; build the engine again")
+
+
 def test_run_takes_the_graphs_of_such_a_directory(built: dict[str, Engine], tmp_path: Path) -> None:
     Image.fromarray(picture(14, 14)).save(tmp_path / "picture.png")
     engine = built["tower"].path
@@ -237,11 +255,11 @@ def test_the_gpu_here_is_asked_for_through_the_driver(monkeypatch: pytest.Monkey
             return function
 
     driver = Driver()
-    monkeypatch.setattr(tensorrt_targets.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     assert gpu_capability() == "8.9"
     driver.failing = "cuInit"  # a driver without a GPU
     assert gpu_capability() is None
-    monkeypatch.setattr(tensorrt_targets.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     assert gpu_capability() is None
 
 
