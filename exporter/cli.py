@@ -143,26 +143,46 @@ def run(
 @click.option("--image", "images", multiple=True, help="Images to verify on.  [default: generated scenes of five sizes]")
 @click.option("--prompt", default="how many objects are there ?", show_default=True, help="Asked about each --image.")
 @click.option("--samples", type=click.IntRange(1), default=20, show_default=True, help="How many generated scenes.")
+@click.option(
+    "--target", type=click.Choice(RUNTIMES), default="onnxruntime", show_default=True, help="Compare this target's engines with ONNX Runtime."
+)
+@click.option("--bisect", "bisecting", is_flag=True, help="Where something differs, name the first node that does.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def verify(engine_path: Path, model: str | None, images: tuple[str, ...], prompt: str, samples: int, as_json: bool) -> None:
-    """Compare an engine with the Hugging Face model and the PyTorch reference; exit code 1 if a difference is too large."""
+def verify(
+    engine_path: Path, model: str | None, images: tuple[str, ...], prompt: str, samples: int, target: str, bisecting: bool, as_json: bool
+) -> None:
+    """Compare an engine with the Hugging Face model and the PyTorch reference; exit code 1 if a difference is too large.
+
+    With --target, compare the engines built for it with ONNX Runtime instead.
+    """
     with one_line_errors():
-        from ..engines import open_engine
+        from ..engines import Session, open_engine
         from ..engines.preprocess import load_image
         from .checkpoint import open_checkpoint
         from .report import verify_table
         from .verify import VerifyInput, generated_inputs, verify_engine
+        from .verify_target import bisect, verify_target
 
         engine = open_engine(engine_path)
         inputs = [VerifyInput(load_image(image), prompt) for image in images] or generated_inputs(samples)
         began = time.monotonic()
         with progress_bar() as progress:
-            findings = verify_engine(engine, open_checkpoint(model or engine.model_name), inputs, progress=progress)
+            if target == "onnxruntime":
+                findings = verify_engine(engine, open_checkpoint(model or engine.model_name), inputs, progress=progress)
+            else:
+                findings = verify_target(Session(engine, target=target), target, inputs, progress=progress)
+            passed = all(finding.passed for finding in findings)
+            parting = bisect(engine, target, inputs, progress=progress) if bisecting and not passed else None
         if as_json:
-            click.echo(json.dumps({"passed": all(f.passed for f in findings), "findings": [vars(f) for f in findings]}))
+            values = {"passed": passed, "findings": [vars(f) for f in findings], "parting": vars(parting) if parting else None}
+            click.echo(json.dumps(values))
         else:
             Console().print(verify_table(engine, findings, len(inputs), time.monotonic() - began))
-    if not all(finding.passed for finding in findings):
+            if bisecting and not passed:
+                click.echo(
+                    parting or "No node of the graphs differs from what it computes without optimisation: the graphs are not those of the model."
+                )
+    if not passed:
         raise click.ClickException("verification failed; do not deploy this engine")
 
 

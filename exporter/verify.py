@@ -4,7 +4,8 @@
     (b) the engine's pruned graphs, against the PyTorch reference with the same schedule: survivors, then logits
     (c) decoding step by step, against the same tokens in one chunk and, where pruning does not depend on the last token, in one prefill
 
-A rung says what it measured and where its tolerance comes from; none is skipped silently.
+``verify_target.py`` has (d), the engines of a target against ONNX Runtime. A rung says what it measured and where its tolerance comes from; none is
+skipped silently.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .reference import TorchBackend
 from .schedule import unpruned_schedule
 from .tiny.scenes import KINDS, samples
 
-__all__ = ["Finding", "VerifyInput", "generated_inputs", "verify_engine"]
+__all__ = ["Finding", "VerifyInput", "generated_inputs", "held_importance", "verify_engine"]
 
 # fp32: the same operations in another order. What was measured is in docs/quality.md.
 FP32_LOGITS = 1e-4
@@ -161,7 +162,7 @@ def _against_reference(
         ours, theirs = session.prepare(item.prompt, [item.image]), reference.prepare(item.prompt, [item.image])
         mine, other = ours.survivors[0].index, theirs.survivors[0].index
         shares.append(len(np.intersect1d(mine, other)) / max(len(mine), len(other)))
-        mine_held, other_held = _held(ours.importance), _held(theirs.importance)
+        mine_held, other_held = held_importance(ours.importance), held_importance(theirs.importance)
         held.append(abs(mine_held - other_held) / abs(other_held) if other_held else abs(mine_held))
         if precision != "fp32":  # different survivors would hide what the language graph does: both get the engine's
             theirs = ours
@@ -185,7 +186,7 @@ def _against_reference(
     yield _logits_finding("b", precision, quantity, differences, largest) if eager is None else _rounding_finding(quantity, differences, roundings)
 
 
-def _held(importance: NDArray[np.float32]) -> float:
+def held_importance(importance: NDArray[np.float32]) -> float:
     """Sum over the survivors [M] but those that are protected, whose importance says only that."""
     return float(importance[importance < PROTECTED].sum())
 

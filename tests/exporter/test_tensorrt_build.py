@@ -169,8 +169,9 @@ def test_a_flipped_byte_is_refused_by_name(built: dict[str, Engine], tmp_path: P
 
 
 @pytest.mark.skipif(LOCAL_GPU is not None, reason="there is a GPU here")
-def test_running_an_engine_needs_a_gpu_and_says_so(built: dict[str, Engine]) -> None:
-    result = call("run", built["tower"].path, "--target", "tensorrt-rtx", "--prompt", "how many objects are there ?")
+@pytest.mark.parametrize("command", [("run", "--prompt", "how many objects are there ?"), ("verify",), ("verify", "--bisect")], ids=" ".join)
+def test_running_and_verifying_engines_need_a_gpu_and_say_so(built: dict[str, Engine], command: tuple[str, ...]) -> None:
+    result = call(*command, built["tower"].path, "--target", "tensorrt-rtx")
     refused(result, "no NVIDIA GPU that CUDA can use")
     assert result.stderr.rstrip().endswith("use ONNX Runtime")
 

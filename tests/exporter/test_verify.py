@@ -94,5 +94,5 @@ def test_other_survivors_are_not_taken_for_rounding(engine: Engine) -> None:
 
 def test_importance_that_is_held_leaves_out_what_is_protected() -> None:
     """How many representatives a selection protects is not importance, and 1e30 would hide all that is."""
-    assert verify._held(np.array([0.5, 1e30, 0.25, 1e30], np.float32)) == 0.75
-    assert verify._held(np.array([1e30], np.float32)) == 0.0
+    assert verify.held_importance(np.array([0.5, 1e30, 0.25, 1e30], np.float32)) == 0.75
+    assert verify.held_importance(np.array([1e30], np.float32)) == 0.0
