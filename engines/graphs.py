@@ -13,10 +13,11 @@ from typing import Any
 from .errors import EngineError
 from .fields import count, field, number
 
-__all__ = ["GRAPHS", "TARGETS", "BuiltEngine", "Graph", "Profile", "Target", "TensorInfo", "parse_graph", "parse_targets"]
+__all__ = ["GRAPHS", "RUNTIMES", "TARGETS", "BuiltEngine", "Graph", "Profile", "Target", "TensorInfo", "parse_graph", "parse_targets"]
 
 GRAPHS = ("vision", "language")
 TARGETS = ("tensorrt-rtx", "tensorrt")  # for which engines are built; ONNX Runtime takes the graphs as they are
+RUNTIMES = ("onnxruntime", *TARGETS)
 
 
 @dataclass(frozen=True)

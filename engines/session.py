@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .answer import Answer
 from .backends.base import Backend
-from .backends.onnxruntime import OnnxRuntimeBackend
+from .backends.load import load_backend
 from .errors import EngineError
 from .manifest import Engine
 from .positions import text_positions
@@ -31,18 +31,27 @@ class Session:
 
     Args:
         engine: from :func:`vflow.engines.open_engine`.
-        provider: ``cpu`` or ``cuda``; None takes CUDA where it is.
-        threads: CPU threads; None leaves it to the runtime.
-        backend: what computes the two graphs; None is ONNX Runtime (the only one that ``provider`` and ``threads`` are for).
+        target: ``onnxruntime``, or ``tensorrt-rtx`` or ``tensorrt`` where the directory was built for it.
+        provider: of ONNX Runtime: ``cpu`` or ``cuda``; None takes CUDA where it is.
+        threads: of ONNX Runtime on the CPU; None leaves it to the runtime.
+        backend: what computes the two graphs, instead of what ``target`` names.
 
     Raises:
         EngineError: the engine cannot be loaded on this machine.
     """
 
-    def __init__(self, engine: Engine, *, provider: str | None = None, threads: int | None = None, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        target: str = "onnxruntime",
+        provider: str | None = None,
+        threads: int | None = None,
+        backend: Backend | None = None,
+    ) -> None:
         self.engine = engine
         self.encoder = PromptEncoder(engine.tokenizer_path, engine.chat_template_path, engine.tokens)
-        self.backend = backend or OnnxRuntimeBackend(engine, provider=provider, threads=threads)
+        self.backend = backend or load_backend(engine, target, provider=provider, threads=threads)
         self._lengths: NDArray[np.int64] | None = None  # [segments], tokens in the caches; None before the first prefill
         self._next_position = 0
         self._request = 0  # so that an abandoned stream does not write into the caches of the next request

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from ..engines.backends.cuda import gpu_capability
 from ..engines.directory import kv_segments, open_engine, write_engine_directory
 from ..engines.graphs import parse_graph
 from ..engines.manifest import MANIFEST_FORMAT, Engine, Limits
@@ -25,7 +26,7 @@ from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
 from .onnx_writer import write_graphs
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS
 from .schedule import Schedule
-from .tensorrt_targets import build_target, check_targets, gpu_capability
+from .tensorrt.targets import build_target, check_targets
 from .trace import trace_language, trace_vision
 
 __all__ = [

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from ..engines.graphs import RUNTIMES
 from .cli_quality import evaluate, tune
 from .console import one_line_errors, progress_bar, stop_on_signals
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS, DEFAULT_PRESET, PRESET_NAMES, preset_schedule, tuned_schedule
@@ -40,7 +41,7 @@ main.add_command(tune)
 @click.option("--preset", type=click.Choice(PRESET_NAMES), help=f"Schedule for --keep.  [default: tuned where there is one, else {DEFAULT_PRESET}]")
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path, dir_okay=False), help="schedule.json instead of --keep.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
-@click.option("--target", "targets", multiple=True, type=click.Choice(["onnxruntime", "tensorrt-rtx", "tensorrt"]), default=["onnxruntime"],
+@click.option("--target", "targets", multiple=True, type=click.Choice(RUNTIMES), default=["onnxruntime"],
               show_default=True, help="Build for this runtime; repeatable. ONNX Runtime takes the graphs, tensorrt needs a GPU.")  # fmt: skip
 @click.option("--compute-capability", "capabilities", multiple=True,
               help="GPU (8.9, 12.0, …) that tensorrt-rtx builds for, or without it that the ops' kernels are compiled for; repeatable.")  # fmt: skip
@@ -72,7 +73,7 @@ def build(
         from .models.qwen2_vl import model_shape
         from .report import build_table
         from .schedule import load_schedule, unpruned_schedule
-        from .tensorrt_targets import check_targets
+        from .tensorrt.targets import check_targets
 
         engines_for = tuple(dict.fromkeys(target for target in targets if target != "onnxruntime"))
         check_targets(engines_for, capabilities)  # before a checkpoint is downloaded
@@ -107,12 +108,13 @@ def build(
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Sample from the likeliest share.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--max-pixels", type=click.IntRange(1), help="Scale images down to at most this many pixels.")
+@click.option("--target", type=click.Choice(RUNTIMES), default="onnxruntime", show_default=True, help="What runs it, of what it was built for.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Where ONNX Runtime computes.  [default: CUDA where present]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of ONNX Runtime.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def run(
     engine_path: Path, images: tuple[str, ...], prompt: str, max_new_tokens: int | None, temperature: float, top_k: int, top_p: float,
-    seed: int | None, max_pixels: int | None, provider: str | None, threads: int | None, as_json: bool,
+    seed: int | None, max_pixels: int | None, target: str, provider: str | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer a prompt about images, streaming the text, then say what it took."""
     with one_line_errors():
@@ -121,7 +123,7 @@ def run(
 
         sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         pixels = [load_image(image) for image in images]  # before anything large is loaded
-        session = Session(open_engine(engine_path), provider=provider, threads=threads)
+        session = Session(open_engine(engine_path), target=target, provider=provider, threads=threads)
         write = (lambda text: None) if as_json else (lambda text: click.echo(text, nl=False))
         result = session.generate(prompt, pixels, max_new_tokens=max_new_tokens, sampling=sampling, max_pixels=max_pixels, on_text=write)
         if as_json:
@@ -141,26 +143,46 @@ def run(
 @click.option("--image", "images", multiple=True, help="Images to verify on.  [default: generated scenes of five sizes]")
 @click.option("--prompt", default="how many objects are there ?", show_default=True, help="Asked about each --image.")
 @click.option("--samples", type=click.IntRange(1), default=20, show_default=True, help="How many generated scenes.")
+@click.option(
+    "--target", type=click.Choice(RUNTIMES), default="onnxruntime", show_default=True, help="Compare this target's engines with ONNX Runtime."
+)
+@click.option("--bisect", "bisecting", is_flag=True, help="Where something differs, name the first node that does.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def verify(engine_path: Path, model: str | None, images: tuple[str, ...], prompt: str, samples: int, as_json: bool) -> None:
-    """Compare an engine with the Hugging Face model and the PyTorch reference; exit code 1 if a difference is too large."""
+def verify(
+    engine_path: Path, model: str | None, images: tuple[str, ...], prompt: str, samples: int, target: str, bisecting: bool, as_json: bool
+) -> None:
+    """Compare an engine with the Hugging Face model and the PyTorch reference; exit code 1 if a difference is too large.
+
+    With --target, compare the engines built for it with ONNX Runtime instead.
+    """
     with one_line_errors():
-        from ..engines import open_engine
+        from ..engines import Session, open_engine
         from ..engines.preprocess import load_image
         from .checkpoint import open_checkpoint
         from .report import verify_table
         from .verify import VerifyInput, generated_inputs, verify_engine
+        from .verify_target import bisect, verify_target
 
         engine = open_engine(engine_path)
         inputs = [VerifyInput(load_image(image), prompt) for image in images] or generated_inputs(samples)
         began = time.monotonic()
         with progress_bar() as progress:
-            findings = verify_engine(engine, open_checkpoint(model or engine.model_name), inputs, progress=progress)
+            if target == "onnxruntime":
+                findings = verify_engine(engine, open_checkpoint(model or engine.model_name), inputs, progress=progress)
+            else:
+                findings = verify_target(Session(engine, target=target), target, inputs, progress=progress)
+            passed = all(finding.passed for finding in findings)
+            parting = bisect(engine, target, inputs, progress=progress) if bisecting and not passed else None
         if as_json:
-            click.echo(json.dumps({"passed": all(f.passed for f in findings), "findings": [vars(f) for f in findings]}))
+            values = {"passed": passed, "findings": [vars(f) for f in findings], "parting": vars(parting) if parting else None}
+            click.echo(json.dumps(values))
         else:
             Console().print(verify_table(engine, findings, len(inputs), time.monotonic() - began))
-    if not all(finding.passed for finding in findings):
+            if bisecting and not passed:
+                click.echo(
+                    parting or "No node of the graphs differs from what it computes without optimisation: the graphs are not those of the model."
+                )
+    if not passed:
         raise click.ClickException("verification failed; do not deploy this engine")
 
 

@@ -88,7 +88,8 @@ def verify_table(engine: Engine, findings: Sequence[Finding], inputs: int, secon
         table.add_column(heading, justify="right" if heading in ("worst", "allowed") else "left")
     for finding in findings:
         verdict = "[green]ok[/green]" if finding.passed else "[red]FAILED[/red]"
-        table.add_row(f"({finding.rung})", finding.quantity, f"{finding.worst:.3g}", f"{finding.tolerance:.3g}", verdict)
+        quantity = f"{finding.quantity} ({finding.note})" if finding.note else finding.quantity
+        table.add_row(f"({finding.rung})", quantity, f"{finding.worst:.3g}", f"{finding.tolerance:.3g}", verdict)
     return table
 
 

@@ -414,7 +414,7 @@ def test_verify_climbs_all_rungs(call: Callable[..., Result], engine: Engine) ->
     values = json.loads(result.stdout)
     assert values["passed"] is True
     assert [finding["rung"] for finding in values["findings"]] == ["a", "b", "b", "b", "c", "c"]
-    assert all(set(finding) == {"rung", "quantity", "worst", "tolerance", "passed"} for finding in values["findings"])
+    assert all(set(finding) == {"rung", "quantity", "worst", "tolerance", "passed", "note"} for finding in values["findings"])
     assert values["findings"][1]["worst"] == 0.0  # no survivor differs
 
 

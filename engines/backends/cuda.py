@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,27 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError
 
-__all__ = ["Buffer", "Device"]
+__all__ = ["Buffer", "Device", "gpu_capability"]
 
 LEAST_BYTES = 256  # of a buffer: tensors without elements need an address as well
+CUDA_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 TO_DEVICE, TO_HOST = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"
+
+
+def gpu_capability() -> str | None:
+    """Compute capability of the first GPU here, such as 8.9; None where there is no driver or no GPU."""
+    try:
+        driver = ctypes.CDLL(CUDA_DRIVER)
+    except OSError:
+        return None
+    device, numbers = ctypes.c_int(), (ctypes.c_int(), ctypes.c_int())
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for value, attribute in zip(numbers, (CAPABILITY_MAJOR, CAPABILITY_MINOR), strict=True):
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+    return f"{numbers[0].value}.{numbers[1].value}"
 
 
 class Device:
@@ -107,6 +126,8 @@ def _import_runtime() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError:
+        if gpu_capability() is None:
+            raise EngineError("no NVIDIA GPU that CUDA can use; use ONNX Runtime") from None
         raise EngineError("cuda-python is missing; pip install 'vflow-export[tensorrt-rtx]'") from None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineError
-from ..graphs import TARGETS, BuiltEngine, Target, TensorInfo
+from ..graphs import RUNTIMES, BuiltEngine, Target, TensorInfo
 from ..manifest import Engine
 from .cuda import Buffer, Device
 
@@ -34,7 +34,7 @@ class TensorRTBackend:
 
     Args:
         engine: checked engine directory.
-        target: ``tensorrt-rtx`` or ``tensorrt``; None takes the one that the directory has.
+        target: ``tensorrt-rtx`` or ``tensorrt``.
         library, runtime: ``tensorrt_rtx`` (or ``tensorrt``) and ``cuda.bindings.runtime``, or what stands in for them in tests.
 
     Raises:
@@ -42,11 +42,11 @@ class TensorRTBackend:
             the last before anything large is loaded.
     """
 
-    def __init__(self, engine: Engine, *, target: str | None = None, library: Any = None, runtime: Any = None) -> None:
-        built = _choose_target(engine, target)
-        self._trt = library or _import_library(built.name)
+    def __init__(self, engine: Engine, *, target: str, library: Any = None, runtime: Any = None) -> None:
+        built = _built_for(engine, target)
         self.device = Device(runtime)
         _check_capability(built, self.device.compute_capability)
+        self._trt = library or _import_library(target)
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
         self.slots = 1  # the profiles are built for one request
         self._logger, self._errors = _logger(self._trt)
@@ -197,12 +197,11 @@ def _largest_sizes(engine: Engine, built: BuiltEngine) -> dict[str, int]:
     return largest
 
 
-def _choose_target(engine: Engine, target: str | None) -> Target:
-    for name in TARGETS if target is None else (target,):
-        if name in engine.targets:
-            return engine.targets[name]
-    what = f"no engines for {target}" if target else "no TensorRT engines"
-    raise EngineError(f"{engine.path} holds {what}; build it with --target {target or TARGETS[0]}")
+def _built_for(engine: Engine, target: str) -> Target:
+    if target not in engine.targets:
+        held = " and ".join(name for name in RUNTIMES if name == "onnxruntime" or name in engine.targets)
+        raise EngineError(f"{engine.path} was built for {held}, not for {target}; build it with --target {target}")
+    return engine.targets[target]
 
 
 def _import_library(target: str) -> Any:

@@ -20,8 +20,8 @@ from vflow.engines.backends.tensorrt import TensorRTBackend
 from vflow.engines.graphs import BuiltEngine, Graph, Profile, Target
 from vflow.engines.manifest import Engine
 from vflow.exporter.schedule import Schedule, Stage
-from vflow.exporter.tensorrt_graph import engine_interface
-from vflow.exporter.tensorrt_profiles import language_profiles, vision_profiles
+from vflow.exporter.tensorrt.graph import engine_interface
+from vflow.exporter.tensorrt.profiles import language_profiles, vision_profiles
 
 SCHEDULE = Schedule((Stage("tower", 2, 700), Stage("decoder", 0, 500, 2.0), Stage("decoder", 2, 250)), guidance_weight=0.5)
 PROMPT = "how many objects are there ?"
@@ -48,7 +48,7 @@ def library(engine: Engine) -> FakeTensorRT:
 
 def test_answers_are_those_of_onnx_runtime(engine: Engine, library: FakeTensorRT) -> None:
     cuda = FakeCuda()
-    ours = Session(engine, backend=TensorRTBackend(engine, library=library, runtime=cuda))
+    ours = Session(engine, backend=TensorRTBackend(engine, target="tensorrt-rtx", library=library, runtime=cuda))
     theirs = Session(engine, backend=OnnxRuntimeBackend(engine, provider="cpu"))
     greedy = SamplingParams()
     for images in ([picture(6, 5)], [], [picture(4, 3, 1), picture(5, 5, 2)], [picture(1, 20)]):
@@ -60,7 +60,7 @@ def test_answers_are_those_of_onnx_runtime(engine: Engine, library: FakeTensorRT
 
 def test_prefill_and_decode_have_a_context_each_and_no_buffer_moves(engine: Engine, library: FakeTensorRT) -> None:
     cuda = FakeCuda()
-    session = Session(engine, backend=TensorRTBackend(engine, library=library, runtime=cuda))
+    session = Session(engine, backend=TensorRTBackend(engine, target="tensorrt-rtx", library=library, runtime=cuda))
 
     def request() -> None:
         session.prefill(session.prepare(PROMPT, [picture(6, 5)]))
@@ -83,7 +83,7 @@ def test_prefill_and_decode_have_a_context_each_and_no_buffer_moves(engine: Engi
 
 
 def test_tall_and_wide_images_take_their_own_profiles(engine: Engine, library: FakeTensorRT) -> None:
-    session = Session(engine, backend=TensorRTBackend(engine, library=library, runtime=FakeCuda()))
+    session = Session(engine, backend=TensorRTBackend(engine, target="tensorrt-rtx", library=library, runtime=FakeCuda()))
     for image in (picture(30, 1), picture(1, 30)):
         session.generate(PROMPT, [image], max_new_tokens=1)
     names = [profile.name for profile in engine.targets["tensorrt-rtx"].vision.profiles]
@@ -92,7 +92,7 @@ def test_tall_and_wide_images_take_their_own_profiles(engine: Engine, library: F
 
 def test_clearing_the_caches_overwrites_them(engine: Engine, library: FakeTensorRT) -> None:
     cuda = FakeCuda()
-    backend = TensorRTBackend(engine, library=library, runtime=cuda)
+    backend = TensorRTBackend(engine, target="tensorrt-rtx", library=library, runtime=cuda)
     Session(engine, backend=backend).generate(PROMPT, [picture(6, 5)], max_new_tokens=2)
     prefill = library.contexts[1]
     caches = [cuda.memory[address] for name, address in prefill.addresses.items() if name.startswith("past_key_values.")]
@@ -102,14 +102,14 @@ def test_clearing_the_caches_overwrites_them(engine: Engine, library: FakeTensor
 
 
 def test_sizes_beyond_every_profile_are_refused(engine: Engine, library: FakeTensorRT) -> None:
-    backend = TensorRTBackend(engine, library=library, runtime=FakeCuda())
+    backend = TensorRTBackend(engine, target="tensorrt-rtx", library=library, runtime=FakeCuda())
     group, patch_dim = engine.shape.tower.group, engine.shape.tower.patch_dim
     with pytest.raises(EngineError, match=r"^vision.onnx has no profile for rows 40, columns 40, budget 1600; ask for less"):
         backend.vision(np.zeros((40, 40, group, patch_dim), np.float32), np.zeros((40, 40, group), np.float32), 1600)
 
 
 def test_a_failed_execution_is_said_in_one_line(engine: Engine, library: FakeTensorRT) -> None:
-    backend = TensorRTBackend(engine, library=library, runtime=FakeCuda())
+    backend = TensorRTBackend(engine, target="tensorrt-rtx", library=library, runtime=FakeCuda())
     library.failing = True
     with pytest.raises(EngineError, match=r"^vision.onnx failed \(Cuda Runtime \(an illegal memory access\)\); try a smaller request$"):
         Session(engine, backend=backend).generate(PROMPT, [picture(6, 5)], max_new_tokens=1)
@@ -130,7 +130,7 @@ def test_a_failed_execution_is_said_in_one_line(engine: Engine, library: FakeTen
 )
 def test_what_is_missing_is_said_in_one_line(engine: Engine, library: FakeTensorRT, cuda: FakeCuda, message: str) -> None:
     with pytest.raises(EngineError) as caught:
-        TensorRTBackend(engine, library=library, runtime=cuda)
+        TensorRTBackend(engine, target="tensorrt-rtx", library=library, runtime=cuda)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -145,17 +145,39 @@ def test_what_is_missing_is_said_in_one_line(engine: Engine, library: FakeTensor
 def test_an_engine_that_does_not_load_is_named(engine: Engine, library: FakeTensorRT, fault: str, message: str) -> None:
     setattr(library, fault, True)
     with pytest.raises(EngineError) as caught:
-        TensorRTBackend(engine, library=library, runtime=FakeCuda())
+        TensorRTBackend(engine, target="tensorrt-rtx", library=library, runtime=FakeCuda())
     assert str(caught.value).startswith(str(engine.path / "vision.onnx"))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_without_such_engines_says_what_to_build(engine: Engine, library: FakeTensorRT) -> None:
-    with pytest.raises(EngineError, match=r"holds no engines for tensorrt; build it with --target tensorrt$"):
-        TensorRTBackend(engine, target="tensorrt", library=library, runtime=FakeCuda())
-    with pytest.raises(EngineError, match=r"holds no TensorRT engines; build it with --target tensorrt-rtx$"):
-        TensorRTBackend(dataclasses.replace(engine, targets={}), library=library, runtime=FakeCuda())
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("tensorrt", {}, r"was built for onnxruntime and tensorrt-rtx, not for tensorrt; build it with --target tensorrt$"),
+        ("cuda", {}, r"^target must be one of onnxruntime, tensorrt-rtx, tensorrt, got 'cuda'$"),
+        ("tensorrt-rtx", {"provider": "cpu"}, r"^provider and threads are settings of ONNX Runtime; leave them out with target tensorrt-rtx$"),
+        ("tensorrt-rtx", {"threads": 2}, r"^provider and threads are settings of ONNX Runtime; leave them out with target tensorrt-rtx$"),
+    ],
+)
+def test_a_session_that_asks_for_what_is_not_there_says_what_is(engine: Engine, target: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        Session(engine, target=target, **options)
+
+
+def test_a_directory_for_onnx_runtime_alone_says_what_to_build(engine: Engine) -> None:
+    message = r"was built for onnxruntime, not for tensorrt-rtx; build it with --target tensorrt-rtx$"
+    with pytest.raises(EngineError, match=message):
+        Session(dataclasses.replace(engine, targets={}), target="tensorrt-rtx")
+
+
+def test_a_session_with_a_target_runs_its_engines(engine: Engine, library: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = Session(engine).generate(PROMPT, [picture(6, 5)], max_new_tokens=2)
+    modules = {"tensorrt_rtx": library, "cuda.bindings.runtime": FakeCuda()}
+    monkeypatch.setattr("importlib.import_module", modules.__getitem__)
+    session = Session(engine, target="tensorrt-rtx")
+    assert isinstance(session.backend, TensorRTBackend)
+    assert session.generate(PROMPT, [picture(6, 5)], max_new_tokens=2).token_ids == theirs.token_ids
 
 
 @pytest.mark.parametrize("module", ["tensorrt_rtx", "cuda.bindings.runtime"])
@@ -163,7 +185,15 @@ def test_a_missing_package_is_named(engine: Engine, library: FakeTensorRT, monke
     def missing(name: str) -> Any:
         raise ImportError(name)
 
+    monkeypatch.setattr("vflow.engines.backends.cuda.gpu_capability", lambda: "8.9")
     monkeypatch.setattr("importlib.import_module", missing)
     given = {"library": library} if module != "tensorrt_rtx" else {"runtime": FakeCuda()}
     with pytest.raises(EngineError, match=r"is missing; pip install 'vflow-export\[tensorrt-rtx\]'"):
-        TensorRTBackend(engine, **given)
+        TensorRTBackend(engine, target="tensorrt-rtx", **given)
+
+
+def test_without_cuda_python_and_without_a_gpu_the_gpu_is_what_is_missing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vflow.engines.backends.cuda.gpu_capability", lambda: None)
+    monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(EngineError, match=r"^no NVIDIA GPU that CUDA can use; use ONNX Runtime$"):
+        TensorRTBackend(engine, target="tensorrt-rtx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import json
@@ -24,15 +25,16 @@ from PIL import Image
 from support import MAX_TEXT_TOKENS, MAX_VISUAL_TOKENS, picture
 from test_tensorrt_network import SCHEDULE
 from vflow.engines import EngineError, open_engine
+from vflow.engines.backends.cuda import gpu_capability
 from vflow.engines.graphs import GRAPHS, BuiltEngine
 from vflow.engines.manifest import Engine, Limits
-from vflow.exporter import tensorrt_targets
 from vflow.exporter.cli import main
-from vflow.exporter.tensorrt_engine import EngineJob
-from vflow.exporter.tensorrt_graph import graph_for_target
-from vflow.exporter.tensorrt_library import load_library
-from vflow.exporter.tensorrt_profiles import vision_profiles
-from vflow.exporter.tensorrt_targets import RTX_CAPABILITIES, build_target, check_targets, gpu_capability
+from vflow.exporter.tensorrt import targets as tensorrt_targets
+from vflow.exporter.tensorrt.engine import EngineJob
+from vflow.exporter.tensorrt.graph import graph_for_target
+from vflow.exporter.tensorrt.library import load_library
+from vflow.exporter.tensorrt.profiles import vision_profiles
+from vflow.exporter.tensorrt.targets import RTX_CAPABILITIES, build_target, check_targets
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
@@ -166,6 +168,23 @@ def test_a_flipped_byte_is_refused_by_name(built: dict[str, Engine], tmp_path: P
     open_engine(copy)
 
 
+@pytest.mark.skipif(LOCAL_GPU is not None, reason="there is a GPU here")
+@pytest.mark.parametrize("command", [("run", "--prompt", "how many objects are there ?"), ("verify",), ("verify", "--bisect")], ids=" ".join)
+def test_running_and_verifying_engines_need_a_gpu_and_say_so(built: dict[str, Engine], command: tuple[str, ...]) -> None:
+    result = call(*command, built["tower"].path, "--target", "tensorrt-rtx")
+    refused(result, "no NVIDIA GPU that CUDA can use")
+    assert result.stderr.rstrip().endswith("use ONNX Runtime")
+
+
+def test_an_altered_engine_is_refused_by_name_before_anything_else(built: dict[str, Engine], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built["tower"].path, tmp_path / "engine"))
+    with (copy / "tensorrt-rtx" / "language.engine").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"altered")
+    result = call("run", copy, "--target", "tensorrt-rtx", "--prompt", "how many objects are there ?")
+    refused(result, "tensorrt-rtx/language.engine: damaged, its SHA-256 is not the one built; build the engine again")
+
+
 def test_run_takes_the_graphs_of_such_a_directory(built: dict[str, Engine], tmp_path: Path) -> None:
     Image.fromarray(picture(14, 14)).save(tmp_path / "picture.png")
     engine = built["tower"].path
@@ -237,11 +256,11 @@ def test_the_gpu_here_is_asked_for_through_the_driver(monkeypatch: pytest.Monkey
             return function
 
     driver = Driver()
-    monkeypatch.setattr(tensorrt_targets.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     assert gpu_capability() == "8.9"
     driver.failing = "cuInit"  # a driver without a GPU
     assert gpu_capability() is None
-    monkeypatch.setattr(tensorrt_targets.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     assert gpu_capability() is None
 
 
@@ -323,7 +342,7 @@ def test_the_process_ends_when_whoever_started_it_does(source: tuple[Engine, Pat
     """As after SIGKILL, when nothing can be cleaned up: its stdin closes."""
     engine, folder = source
     job = job_of(engine, folder)
-    process = subprocess.Popen([sys.executable, "-m", "vflow.exporter.tensorrt_engine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "vflow.exporter.tensorrt.engine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     answer, _ = process.communicate(json.dumps(job.to_dict()).encode() + b"\n", timeout=60)
     assert process.returncode == 1
     assert answer == b""
@@ -332,7 +351,7 @@ def test_the_process_ends_when_whoever_started_it_does(source: tuple[Engine, Pat
 
 def test_the_process_does_not_load_what_only_exporting_needs() -> None:
     """PyTorch would be a third of its memory, and of its time."""
-    code = "import sys, vflow.exporter.tensorrt_engine; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, vflow.exporter.tensorrt.engine; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -14,10 +14,10 @@ from onnx import helper, numpy_helper
 from vflow.engines.graphs import GRAPHS, Graph, TensorInfo
 from vflow.engines.manifest import Engine
 from vflow.exporter.schedule import Schedule, Stage
-from vflow.exporter.tensorrt_engine import build_serialized, check_log
-from vflow.exporter.tensorrt_graph import engine_interface, graph_for_target
-from vflow.exporter.tensorrt_library import load_library
-from vflow.exporter.tensorrt_network import (
+from vflow.exporter.tensorrt.engine import build_serialized, check_log
+from vflow.exporter.tensorrt.graph import engine_interface, graph_for_target
+from vflow.exporter.tensorrt.library import load_library
+from vflow.exporter.tensorrt.network import (
     NetworkError,
     Parsed,
     check_network,
@@ -25,7 +25,7 @@ from vflow.exporter.tensorrt_network import (
     parse_graph_file,
     patch_attention,
 )
-from vflow.exporter.tensorrt_profiles import language_profiles
+from vflow.exporter.tensorrt.profiles import language_profiles
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")

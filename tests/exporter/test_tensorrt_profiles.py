@@ -10,7 +10,7 @@ from vflow.engines.graphs import Profile, TensorInfo
 from vflow.engines.manifest import Limits, kv_segments
 from vflow.engines.preprocess import MAX_ASPECT_RATIO, smart_resize
 from vflow.exporter.schedule import Schedule, Stage, keep_count
-from vflow.exporter.tensorrt_profiles import language_profiles, vision_profiles
+from vflow.exporter.tensorrt.profiles import language_profiles, vision_profiles
 
 SCHEDULE = Schedule((Stage("decoder", 0, 500), Stage("decoder", 2, 250), Stage("decoder", 3, 7)))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vflow.exporter.tensorrt_library import load_library
+from vflow.exporter.tensorrt.library import load_library
 
 trt = pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")

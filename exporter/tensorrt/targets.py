@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import subprocess
@@ -17,22 +16,21 @@ from typing import Any
 
 import onnx
 
-from ..engines.errors import EngineError
-from ..engines.graphs import GRAPHS, Graph, Profile
-from ..engines.manifest import Limits, Segment
-from .tensorrt_engine import EngineJob
-from .tensorrt_graph import engine_interface, graph_for_target
-from .tensorrt_library import MODULES, SWITCH
-from .tensorrt_profiles import language_profiles, vision_profiles
+from ...engines.backends.cuda import gpu_capability
+from ...engines.errors import EngineError
+from ...engines.graphs import GRAPHS, Graph, Profile
+from ...engines.manifest import Limits, Segment
+from .engine import EngineJob
+from .graph import engine_interface, graph_for_target
+from .library import MODULES, SWITCH
+from .profiles import language_profiles, vision_profiles
 
-__all__ = ["RTX_CAPABILITIES", "build_target", "check_targets", "gpu_capability"]
+__all__ = ["RTX_CAPABILITIES", "build_target", "check_targets"]
 
 # Compute capabilities that TensorRT for RTX builds for; without any it builds for 8.0, 8.6, 8.9 and from 12.0 on.
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 POLL_SECONDS = 0.1
 KILLED = -9  # by the system: SIGKILL, which Linux sends where memory runs out
-CUDA_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
 def check_targets(targets: Sequence[str], capabilities: Sequence[str]) -> None:
@@ -52,21 +50,6 @@ def check_targets(targets: Sequence[str], capabilities: Sequence[str]) -> None:
         for capability in capabilities if target == "tensorrt-rtx" else ():
             if capability not in RTX_CAPABILITIES:
                 raise EngineError(f"--compute-capability {capability}: TensorRT for RTX builds for {', '.join(RTX_CAPABILITIES)}")
-
-
-def gpu_capability() -> str | None:
-    """Compute capability of the first GPU here, such as 8.9; None where there is no driver or no GPU."""
-    try:
-        driver = ctypes.CDLL(CUDA_DRIVER)
-    except OSError:
-        return None
-    device, numbers = ctypes.c_int(), (ctypes.c_int(), ctypes.c_int())
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    for value, attribute in zip(numbers, (CAPABILITY_MAJOR, CAPABILITY_MINOR), strict=True):
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-            return None
-    return f"{numbers[0].value}.{numbers[1].value}"
 
 
 def build_target(
@@ -138,7 +121,7 @@ def _run(job: EngineJob, waiting: Callable[[], None]) -> dict[str, Any]:
     environment = {**os.environ, SWITCH: str(int(job.target == "tensorrt-rtx")), "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.tensorrt_engine"], stdin=subprocess.PIPE, stdout=answer, stderr=complaints, env=environment
+            [sys.executable, "-m", f"{__package__}.engine"], stdin=subprocess.PIPE, stdout=answer, stderr=complaints, env=environment
         )
         assert process.stdin is not None
         try:

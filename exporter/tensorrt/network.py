@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..engines.errors import EngineError
-from ..engines.graphs import TensorInfo
-from .tensorrt_library import Library
+from ...engines.errors import EngineError
+from ...engines.graphs import TensorInfo
+from .library import Library
 
 __all__ = ["NetworkError", "Parsed", "check_network", "layer_report", "parse_graph_file", "patch_attention"]
 
@@ -81,6 +81,13 @@ class Parsed:
     def outputs(self) -> list[Any]:
         return [self.network.get_output(number) for number in range(self.network.num_outputs)]
 
+    def tensors(self) -> dict[str, Any]:
+        """Inputs and everything that is computed, by name."""
+        found = {tensor.name: tensor for tensor in self.inputs()}
+        for layer in self.layers():
+            found |= {layer.get_output(number).name: layer.get_output(number) for number in range(layer.num_outputs)}
+        return found
+
 
 def parse_graph_file(library: Library, path: Path) -> Parsed:
     """Parse an ONNX file, its external weights with it, into a strongly typed network.
@@ -102,7 +109,7 @@ def patch_attention(parsed: Parsed) -> None:
     Without that leave, a shape for which there is no fused kernel fails on the user's GPU.
     """
     trt = parsed.library.trt
-    tensors = _tensors(parsed)
+    tensors = parsed.tensors()
     nodes = parsed.nodes("Attention")
     lengths: dict[str, Any] = {}
     for layer in parsed.of_type("ATTENTION_INPUT"):
@@ -288,13 +295,6 @@ def _source(tensor: Any, producers: Mapping[str, Any]) -> str:
     while tensor.name in producers and producers[tensor.name].type.name == "CAST":
         tensor = producers[tensor.name].get_input(0)
     return str(tensor.name)
-
-
-def _tensors(parsed: Parsed) -> dict[str, Any]:
-    found = {tensor.name: tensor for tensor in parsed.inputs()}
-    for layer in parsed.layers():
-        found |= {layer.get_output(number).name: layer.get_output(number) for number in range(layer.num_outputs)}
-    return found
 
 
 def _node_name(layer: Any) -> str:

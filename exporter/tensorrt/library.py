@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..engines.errors import EngineError
+from ...engines.errors import EngineError
 
 __all__ = ["MODULES", "Library", "load_library"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..engines.graphs import Profile
-from ..engines.manifest import Limits, Segment
-from ..engines.preprocess import MAX_ASPECT_RATIO
+from ...engines.graphs import Profile
+from ...engines.manifest import Limits, Segment
+from ...engines.preprocess import MAX_ASPECT_RATIO
 
 __all__ = ["language_profiles", "vision_profiles"]
 

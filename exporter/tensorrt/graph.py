@@ -8,9 +8,9 @@ from pathlib import Path
 
 import onnx
 
-from ..engines.graphs import Graph, TensorInfo
-from ..engines.manifest import Segment
-from ..plugins.selection_lowering import FUNCTIONS
+from ...engines.graphs import Graph, TensorInfo
+from ...engines.manifest import Segment
+from ...plugins.selection_lowering import FUNCTIONS
 
 __all__ = ["engine_interface", "graph_for_target"]
 
@@ -28,7 +28,7 @@ def graph_for_target(target: str, file: Path, segments: Sequence[Segment]) -> on
             if size.dim_param in sizes:
                 size.dim_value = sizes[size.dim_param]
     if target == "tensorrt":
-        from ..plugins.tensorrt import with_plugins
+        from ...plugins.tensorrt import with_plugins
 
         return with_plugins(model)
     others = {function.name: function for function in FUNCTIONS}

@@ -1,4 +1,4 @@
-"""One TensorRT engine from one graph: what a process of its own does (``tensorrt_targets`` starts it, one for each engine).
+"""One TensorRT engine from one graph: what a process of its own does (``targets`` starts it, one for each engine).
 
 Of its own, because Polygraphy serves one of the two libraries in a process, because the build's memory is then its own to measure and is given
 back, and because a build cannot be interrupted from inside: ending the process ends it.
@@ -19,10 +19,10 @@ from typing import Any
 
 import onnx
 
-from ..engines.errors import EngineError
-from ..engines.graphs import Profile, TensorInfo
-from .tensorrt_library import Library, load_library
-from .tensorrt_network import Parsed, check_network, layer_report, parse_graph_file, patch_attention
+from ...engines.errors import EngineError
+from ...engines.graphs import Profile, TensorInfo
+from .library import Library, load_library
+from .network import Parsed, check_network, layer_report, parse_graph_file, patch_attention
 
 __all__ = ["EngineJob", "build_serialized", "check_log", "main", "run_job"]
 
@@ -81,7 +81,7 @@ def run_job(job: EngineJob) -> dict[str, Any]:
     started = time.monotonic()
     library = load_library(job.target)
     if job.plugins:
-        from ..plugins.tensorrt import register_plugins
+        from ...plugins.tensorrt import register_plugins
 
         register_plugins(Path(job.plugins), job.compute_capabilities[0])
     try:

@@ -1,0 +1,98 @@
+"""What ``verify`` allows: as much as PyTorch in fp32 loses on that input, and never an engine that computes something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from support import DECODER_STAGES, picture
+from vflow.engines.manifest import Engine
+from vflow.engines.session import Session
+from vflow.exporter import verify
+from vflow.exporter.checkpoint import open_checkpoint
+from vflow.exporter.verify import FP32_LOGITS, Finding, VerifyInput, verify_engine
+
+PROMPT = "how many objects are there ?"
+QUANTITY = "logits, pruned, against the PyTorch reference"
+
+
+@pytest.fixture(scope="module")
+def engine(build: Callable[..., Engine], random_checkpoint: Path) -> Engine:
+    return build(random_checkpoint, DECODER_STAGES)
+
+
+@pytest.fixture
+def findings(engine: Engine, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Finding]]:
+    """``findings(engine)``: by quantity, on two inputs, for an engine that may have been changed; rung (a) is compared with the right one."""
+    monkeypatch.setattr(verify, "build_engine", lambda *_, **__: engine)
+    inputs = [VerifyInput(picture(6, 5), PROMPT), VerifyInput(picture(4, 4, 1), PROMPT)]
+
+    def run(changed: Engine) -> dict[str, Finding]:
+        return {finding.quantity: finding for finding in verify_engine(changed, open_checkpoint(str(random_checkpoint)), inputs)}
+
+    return run
+
+
+def mutated(engine: Engine, folder: Path, change: Callable[[onnx.ModelProto], None]) -> Engine:
+    """A copy whose language graph says something else."""
+    shutil.copytree(engine.path, folder)
+    model = onnx.load(folder / "language.onnx", load_external_data=False)
+    change(model)
+    onnx.save(model, folder / "language.onnx")
+    return dataclasses.replace(engine, path=folder)
+
+
+def larger_epsilon(model: onnx.ModelProto) -> None:
+    node = [node for node in model.graph.node if node.op_type == "RMSNormalization"][-1]
+    next(attribute for attribute in node.attribute if attribute.name == "epsilon").f = 1e-3
+
+
+def test_a_sound_engine_passes_by_the_least_tolerance(engine: Engine, findings: Callable[..., dict[str, Finding]]) -> None:
+    finding = findings(engine)[QUANTITY]
+    assert finding.passed and finding.tolerance == FP32_LOGITS and finding.note == ""
+
+
+def test_a_norm_with_another_epsilon_fails(engine: Engine, tmp_path: Path, findings: Callable[..., dict[str, Finding]]) -> None:
+    finding = findings(mutated(engine, tmp_path / "engine", larger_epsilon))[QUANTITY]
+    assert not finding.passed
+    assert finding.worst > 2 * finding.tolerance
+
+
+@pytest.mark.parametrize(
+    ("differences", "roundings", "passed", "worst"),
+    [
+        ([5e-5, 9e-5], [0.0, 0.0], True, 1),
+        ([5e-5, 4.6e-3], [1e-6, 7.2e-3], True, 1),
+        ([5e-5, 7.3e-3], [1e-6, 7.2e-3], False, 1),
+        ([2e-4, 3.6e-3], [1e-6, 7.2e-3], False, 0),  # what one input is allowed is no leave for another
+        ([5e-5, math.nan], [0.0, 1.0], False, 1),
+        ([5e-5, 5e-5], [0.0, math.nan], True, 0),
+    ],
+)
+def test_each_input_is_allowed_its_own_rounding(differences: list[float], roundings: list[float], passed: bool, worst: int) -> None:
+    finding = verify._rounding_finding(QUANTITY, differences, roundings)
+    assert finding.passed is passed
+    assert finding.worst == pytest.approx(differences[worst], nan_ok=True)
+    assert finding.tolerance == max(FP32_LOGITS, roundings[worst])
+    assert ("1 of 2 inputs" in finding.note) == (max(roundings) > FP32_LOGITS)
+
+
+def test_other_survivors_are_not_taken_for_rounding(engine: Engine) -> None:
+    session = Session(engine)
+    item, other = VerifyInput(picture(6, 5), PROMPT), VerifyInput(picture(6, 5, 3), PROMPT)
+    exact = session.prepare(item.prompt, [item.image])
+    logits = session.prefill(exact).logits
+    assert verify._rounding(session, item, exact, logits + 0.25) == pytest.approx(0.25)
+    assert verify._rounding(session, other, exact, logits + 0.25) == 0.0
+
+
+def test_importance_that_is_held_leaves_out_what_is_protected() -> None:
+    """How many representatives a selection protects is not importance, and 1e30 would hide all that is."""
+    assert verify.held_importance(np.array([0.5, 1e30, 0.25, 1e30], np.float32)) == 0.75
+    assert verify.held_importance(np.array([1e30], np.float32)) == 0.0
