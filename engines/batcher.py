@@ -371,8 +371,8 @@ class Batcher:
                 heapq.heappush(self._free, job.slot)
             self._requests[_kind(outcome)] += 1
             if isinstance(outcome, GenerationResult):
-                kept = outcome.stages[-1].kept if outcome.stages else outcome.visual_tokens
-                self._tokens.update(prompt=outcome.prompt_tokens, new=len(outcome.token_ids), visual=outcome.visual_tokens, kept=kept)
+                self._tokens.update(prompt=outcome.prompt_tokens, new=len(outcome.token_ids))
+                self._tokens.update(visual=outcome.visual_tokens, kept=outcome.visual_tokens_kept)
             self._changed.notify_all()
         job.end(outcome)
 
