@@ -69,8 +69,9 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         deepest = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union, the member that was meant
         param, last = _param(deepest["loc"]), str(deepest["loc"][-1])
-        where = [] if param is None else [param] if last == deepest["loc"][1] else [param, last]
-        return ApiError(400, ": ".join([*where, deepest["msg"]]), param=param).response()
+        where = [] if param is None else [param] if last == param else [param, last]
+        what = "unknown field, or one that this server does not have; leave it out" if deepest["type"] == "extra_forbidden" else deepest["msg"]
+        return ApiError(400, ": ".join([*where, what]), param=param).response()
 
     def of_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -88,6 +89,6 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _param(location: tuple[int | str, ...]) -> str | None:
     """The field, and which of its items: ``messages[0]`` from pydantic's ("body", "messages", 0, "user", "content", "str")."""
-    if len(location) < 2:
+    if len(location) < 2 or isinstance(location[1], int):  # the whole body, or a place in what is not JSON
         return None
     return f"{location[1]}[{location[2]}]" if len(location) > 2 and isinstance(location[2], int) else str(location[1])
