@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ..batcher import Batcher
-from ..errors import EngineError, RequestCancelled
+from ..errors import EngineError, RequestCancelled, ShuttingDown
 from ..manifest import Engine
 from ..results import GenerationResult
 from ..sampling import SamplingParams
@@ -233,8 +233,8 @@ def model_name(engine: Engine) -> str:
 
 
 def log_failure(error: EngineError) -> None:
-    """Failures are the server's; that a client has gone is not one."""
-    if not isinstance(error, RequestCancelled):
+    """Failures are the server's; that a client has gone, or the server is asked to stop, is none."""
+    if not isinstance(error, (RequestCancelled, ShuttingDown)):
         log.warning("a request failed: %s", error)
 
 

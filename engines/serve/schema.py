@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 __all__ = [
     "ChatCompletion",
@@ -29,6 +29,15 @@ __all__ = [
 ]
 
 LARGEST = 2**63 - 1
+
+
+def _must_be_false(value: bool) -> bool:
+    if value:
+        raise ValueError("must be false: this server does not have it")
+    return value
+
+
+No = Annotated[bool, AfterValidator(_must_be_false), WithJsonSchema({"type": "boolean", "const": False})]  # Literal[False] would take 0.0 as well
 
 
 class _Strict(BaseModel):
@@ -115,8 +124,8 @@ class ChatCompletionRequest(_Strict):
     stream_options: StreamOptions | None = Field(default=None, description="With ``stream`` only.")
     vflow: VFlowOptions | None = None
     # At their neutral values.
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    logprobs: No | None = None
     top_logprobs: None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -129,7 +138,7 @@ class ChatCompletionRequest(_Strict):
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
 
     @model_validator(mode="after")
