@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +17,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from click.testing import CliRunner
 from serving import MODEL, PATIENCE, client, user, wait_until
 from vflow.engines import Engine, Session, open_engine
+from vflow.exporter.cli import main
 
 # The stand-in answers within milliseconds: each step takes longer here, so that there is something to interrupt.
 SLOWED = """
@@ -144,3 +147,30 @@ def test_memory_and_name_are_options(start: Callable[..., Server]) -> None:
     server = start("--kv-memory", "1MiB", "--name", "mine", "--api-key", "k")
     assert server.slots == 2**20 // (2 * 2 * 8 * 4 * (180 + 180 + 170))
     assert [model.id for model in client(server.address, api_key="k").models.list()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kv-memory", "10B"], "kv_memory of 10 bytes holds no request"),
+        (["--kv-memory", "much"], "'much' is not a size; write it as 64MiB"),
+        (["--slots", "2", "--kv-memory", "1GiB"], "slots and kv_memory say the same: give one of them"),
+        (["--api-key", "ü"], "the API key must be printable ASCII"),
+        (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1 port 0"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(standin: Engine, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["serve", str(standin.path), "--port", "0", *options])
+    assert (result.exit_code, result.output.count("\n")) == (1, 1) and message in result.output
+
+
+def test_a_port_in_use_is_said(standin: Engine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = CliRunner().invoke(main, ["serve", str(standin.path), "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 1 and "choose another --host or --port" in result.output
+
+
+def test_missing_packages_are_said_with_what_to_install(standin: Engine) -> None:
+    script = f"import sys; sys.modules['uvicorn'] = None; from vflow.exporter.cli import main; main(['serve', {str(standin.path)!r}])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "Error: uvicorn is missing; pip install 'vflow-export[serve]'\n")
