@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition, Thread
 
 import numpy as np
@@ -256,6 +256,7 @@ class Batcher:
             except Exception as error:  # whatever it is, it is this request's; the worker goes on
                 self._end(job, _as_engine_error(error))
                 continue
+            job.request = replace(job.request, patches=())  # most of its memory
             with self._changed:
                 self._prepared.append((job, prepared))
                 self._changed.notify_all()

@@ -26,7 +26,7 @@ from ..results import GenerationResult
 from ..sampling import SamplingParams
 from ..ticket import Outcome, Ticket
 from .errors import ApiError, add_error_handlers, failure, refusal
-from .gate import Gate
+from .gate import OPEN, Gate
 from .images import read_messages
 from .metrics import Metrics
 from .options import ServeOptions
@@ -66,7 +66,7 @@ def create_app(batcher: Batcher, options: ServeOptions | None = None) -> FastAPI
     app = FastAPI(title="vflow-export serve", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, options=options, metrics=metrics, most=batcher.slots + batcher.queue_limit + READERS)
     add_error_handlers(app)
-    describe_truly(app)
+    describe_truly(app, options)
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Any:
@@ -238,8 +238,8 @@ def log_failure(error: EngineError) -> None:
         log.warning("a request failed: %s", error)
 
 
-def describe_truly(app: FastAPI) -> None:
-    """Take from the OpenAPI document what FastAPI adds and this server never answers: invalid requests get 400, not 422."""
+def describe_truly(app: FastAPI, options: ServeOptions) -> None:
+    """Correct FastAPI's OpenAPI document: invalid requests get 400, not 422, and the key is asked for outside of the application."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -249,6 +249,11 @@ def describe_truly(app: FastAPI) -> None:
                     operation["responses"].pop("422", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 document["components"]["schemas"].pop(name, None)
+            if options.api_key is not None:
+                document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                document["security"] = [{"key": []}]
+                for path in OPEN:
+                    document["paths"][path]["get"]["security"] = []
             app.openapi_schema = document
         return app.openapi_schema
 

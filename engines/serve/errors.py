@@ -10,12 +10,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ..errors import EngineError, QueueFull, RequestTimeout, ShuttingDown
+from ..errors import EngineError, QueueFull, RequestCancelled, RequestTimeout, ShuttingDown
 from .schema import ErrorBody, ErrorDetail
 
 __all__ = ["ApiError", "add_error_handlers", "failure", "refusal"]
 
 RETRY_AFTER = 1  # seconds: a queue moves whenever one of its requests ends
+CLIENT_GONE = 499  # nginx's number; nobody is there to read it but the metrics
 
 
 class ApiError(HTTPException):
@@ -55,6 +56,8 @@ def failure(error: EngineError) -> ApiError:
         return ApiError(504, str(error), kind="server_error", code="timeout")
     if isinstance(error, ShuttingDown):
         return refusal(error)
+    if isinstance(error, RequestCancelled):
+        return ApiError(CLIENT_GONE, str(error))
     return ApiError(500, str(error), kind="server_error")
 
 

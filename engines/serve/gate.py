@@ -13,7 +13,7 @@ from .errors import ApiError, refusal
 from .metrics import Metrics
 from .options import ServeOptions
 
-__all__ = ["Gate"]
+__all__ = ["OPEN", "Gate"]
 
 OPEN = ("/health",)  # probes bear no keys
 BODY_SECONDS = 30.0  # between two pieces of a body: who is slower keeps others out

@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import urllib.parse
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,10 +64,8 @@ def _content(url: str, options: ServeOptions, number: int) -> bytes:
 def _open(content: bytes, number: int) -> Image.Image:
     """Read the header."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is the server's own
-            return Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.DecompressionBombError:
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"image {number}: too many pixels (a decompression bomb?); scale it down first") from None
     except Exception as error:  # whatever a damaged header makes Pillow's readers raise
         raise ImageError(f"image {number}: not an image of {', '.join(FORMATS)} ({type(error).__name__})") from None

@@ -245,6 +245,7 @@ def test_a_client_that_does_not_wait_for_a_whole_answer_frees_its_slot(batcher: 
     let_go()
     wait_until_idle(batcher)
     assert isinstance(job.outcome, RequestCancelled)
+    assert 'status="500"' not in httpx.get(f"{address}/metrics").text  # it is nobody's fault
 
 
 def test_a_full_queue_is_429_with_a_time_to_come_back(standin: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import random
 import socket
 import struct
 import threading
@@ -18,9 +19,13 @@ import pytest
 from PIL import ImageFile
 from serving import MODEL, client, data_url, encoded_url, image_bytes, serving, user, wait_until
 from vflow.engines import Batcher, Engine, EngineError, ImageError
+from vflow.engines.preprocess import load_image
 from vflow.engines.serve import gate, remote
+from vflow.engines.serve.app import create_app
+from vflow.engines.serve.images import read_messages
 from vflow.engines.serve.options import ServeOptions
 from vflow.engines.serve.remote import fetch_image
+from vflow.engines.serve.schema import ImagePart, ImageUrl, UserMessage
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
 
@@ -123,6 +128,28 @@ def test_images_that_are_damaged_or_of_rare_formats_are_refused(batcher: Batcher
             assert "not an image of PNG, JPEG" in refused(address, encoded_url(image_bytes(PICTURE, kind)))
         for kind in ("JPEG", "WEBP", "GIF", "BMP"):
             assert ask(address, data_url(PICTURE, kind)).choices
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_whatever_bytes_an_image_has_it_is_read_or_refused(kind: str) -> None:
+    whole, rng = image_bytes(PICTURE, kind), random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice([1, 2, 8])):
+            place = rng.randrange(200)
+            damaged[place : place + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        message = UserMessage(role="user", content=[ImagePart(type="image_url", image_url=ImageUrl(url=encoded_url(bytes(damaged), kind)))])
+        try:
+            _, [image] = read_messages([message], ServeOptions(max_image_pixels=1_000_000))
+            assert load_image(image).ndim == 3
+        except ImageError as error:
+            assert "\n" not in str(error)
+
+
+def test_the_document_says_that_a_key_is_needed(batcher: Batcher) -> None:
+    document = create_app(batcher, ServeOptions(api_key="k")).openapi()
+    assert document["security"] == [{"key": []}] and document["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in create_app(batcher).openapi()
 
 
 class Host(http.server.BaseHTTPRequestHandler):
