@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition, Thread
 
 import numpy as np
@@ -256,6 +256,7 @@ class Batcher:
             except Exception as error:  # whatever it is, it is this request's; the worker goes on
                 self._end(job, _as_engine_error(error))
                 continue
+            job.request = replace(job.request, patches=())  # most of its memory
             with self._changed:
                 self._prepared.append((job, prepared))
                 self._changed.notify_all()
@@ -371,8 +372,8 @@ class Batcher:
                 heapq.heappush(self._free, job.slot)
             self._requests[_kind(outcome)] += 1
             if isinstance(outcome, GenerationResult):
-                kept = outcome.stages[-1].kept if outcome.stages else outcome.visual_tokens
-                self._tokens.update(prompt=outcome.prompt_tokens, new=len(outcome.token_ids), visual=outcome.visual_tokens, kept=kept)
+                self._tokens.update(prompt=outcome.prompt_tokens, new=len(outcome.token_ids))
+                self._tokens.update(visual=outcome.visual_tokens, kept=outcome.visual_tokens_kept)
             self._changed.notify_all()
         job.end(outcome)
 

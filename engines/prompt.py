@@ -76,6 +76,8 @@ class PromptEncoder:
         # Joined, because two harmless parts can make a special token, and encoded, because a normalizer can make one of other letters.
         content = message["content"]
         text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise PromptError(f"text of the {message['role']} message holds half a surrogate pair, which is no character; remove it from the text")
         for token in self.tokenizer.encode(text, add_special_tokens=False).ids:
             if token in self._reserved:
                 raise PromptError(

@@ -134,6 +134,11 @@ class GenerationResult:
     ttft_s: float
     tokens_per_s: float | None
 
+    @property
+    def visual_tokens_kept(self) -> int:
+        """Visual tokens that the last stage has kept; all of them where there is none."""
+        return self.stages[-1].kept if self.stages else self.visual_tokens
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that ``run --json`` prints."""
         return {

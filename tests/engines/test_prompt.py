@@ -157,3 +157,9 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_by_file(tmp_path: Path) -> N
     (tmp_path / "broken").write_text("{}")
     with pytest.raises(EngineError, match="broken: the installed tokenizers package cannot read it"):
         load_tokenizer(tmp_path / "broken")
+
+
+def test_half_a_surrogate_pair_is_refused(encoder: PromptEncoder) -> None:
+    with pytest.raises(PromptError, match="user message holds half a surrogate pair"):
+        encoder.encode("a \ud800 b", 0)
+    assert encoder.encode("a \U0001f600 b\n", 0)
