@@ -413,7 +413,7 @@ def test_verify_climbs_all_rungs(call: Callable[..., Result], engine: Engine) ->
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert values["passed"] is True
-    assert [finding["rung"] for finding in values["findings"]] == ["a", "b", "b", "b", "c", "c"]
+    assert [finding["rung"] for finding in values["findings"]] == ["a", "b", "b", "b", "c", "c", "d", "d", "d"]
     assert all(set(finding) == {"rung", "quantity", "worst", "tolerance", "passed"} for finding in values["findings"])
     assert values["findings"][1]["worst"] == 0.0  # no survivor differs
 

@@ -1,7 +1,7 @@
 """ONNX Runtime: both graphs, and KV caches that are updated where they lie.
 
 The caches are allocated once, at the capacity of their segment, and bound both as input and as output of ``language.onnx``, so that
-``TensorScatter`` writes into them and nothing copies them. No other module knows that they exist.
+they are written where they lie and nothing copies them. No other module knows that they exist.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ class OnnxRuntimeBackend:
         engine: checked engine directory.
         provider: ``cpu`` or ``cuda``; None takes CUDA where the installed runtime has it.
         threads: of each operator; None leaves it to the runtime.
+        standard: load the graphs of standard operators on the CPU as well, where ``cpu_file`` is faster; for comparison.
 
     Raises:
         EngineError: no runtime, one that is too old or lacks the provider, or graphs that it cannot load.
     """
 
-    def __init__(self, engine: Engine, *, provider: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, engine: Engine, *, provider: str | None = None, threads: int | None = None, standard: bool = False) -> None:
         runtime = _import_runtime()
         self.provider = _choose_provider(provider, runtime.get_available_providers())
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
         self._runtime = runtime
+        self._standard = standard
         self._failures = _failures()
         self._vision_inputs = frozenset(engine.vision.input_names)
         self._language_inputs = frozenset(engine.language.input_names)
@@ -155,7 +157,8 @@ class OnnxRuntimeBackend:
         return self._logits[0].copy(), self._last_hidden[0].copy()
 
     def _load(self, engine: Engine, graph: Graph, options: Any, provider: str | None) -> Any:
-        path = engine.path / graph.file
+        lowered = graph.cpu_file if self.provider == "cpu" and not self._standard else None
+        path = engine.path / (lowered or graph.file)
         name = PROVIDERS[self.provider]
         providers = [name] if self.provider == "cpu" else [name, PROVIDERS["cpu"]]
         try:
