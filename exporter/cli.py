@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from .cli_bench import bench
 from .cli_quality import evaluate, tune
 from .console import one_line_errors, progress_bar, stop_on_signals
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS, DEFAULT_PRESET, PRESET_NAMES, preset_schedule, tuned_schedule
@@ -29,6 +30,7 @@ def main() -> None:
     stop_on_signals()
 
 
+main.add_command(bench)
 main.add_command(evaluate)
 main.add_command(tune)
 
