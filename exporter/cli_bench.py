@@ -19,7 +19,7 @@ BASELINES = ("transformers", "onnxruntime-genai", "openvino")
 @click.command()
 @click.argument("engine_paths", metavar="ENGINE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--side", "sides", multiple=True, type=click.IntRange(56), default=[448], show_default=True, help="Pixels of the square image; repeatable."
+    "--side", "sides", multiple=True, type=click.IntRange(1), default=[448], show_default=True, help="Pixels of the square image; repeatable."
 )
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens of the answer, whatever the model says.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count.")
