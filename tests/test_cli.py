@@ -457,7 +457,7 @@ def test_doctor_finds_what_is_needed_here(call: Callable[..., Result], monkeypat
 def test_help_and_version_name_every_command(call: Callable[..., Result]) -> None:
     result = call("--help")
     assert result.exit_code == 0
-    assert all(command in result.stdout for command in ("build", "run", "verify", "doctor"))
+    assert all(command in result.stdout for command in ("build", "run", "verify", "bench", "doctor"))
     assert "0.1.0" in call("--version").stdout
 
 

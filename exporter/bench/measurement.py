@@ -25,7 +25,7 @@ class Request:
     prompt: str = PROMPT
 
 
-WARM_UP = Request(side=56, new_tokens=2)  # pages the weights in, allocates and compiles what is allocated and compiled once
+WARM_UP = Request(side=224, new_tokens=2)  # pages the weights in, allocates and compiles what is allocated and compiled once
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ __all__ = ["BASELINES", "SubjectSpec", "baseline_specs", "check_engines", "engin
 # Baseline → packages that it imports, and what to install.
 BASELINES = {
     "transformers": (("torch", "transformers"), "pip install 'vflow-export[build]'"),
-    "onnxruntime-genai": (("onnxruntime_genai", "torch", "transformers"), "pip install 'vflow-export[build]' onnxruntime-genai"),
-    "openvino": (("openvino_genai",), "pip install openvino-genai"),
+    "onnxruntime-genai": (("onnxruntime_genai", "torch", "transformers"), "pip install 'vflow-export[bench]'"),
+    "openvino": (("openvino_genai",), "pip install 'vflow-export[bench]'"),
 }
 
 
