@@ -199,7 +199,8 @@ def _check_consistency(engine: Engine) -> None:
             if [tensor.name for tensor in (*graph.inputs, *graph.outputs)] != [tensor.name for tensor in (*ours.inputs, *ours.outputs)]:
                 raise EngineError(f"targets.{target.name}: {ours.file} has other inputs or outputs than {graph.file}")
     of_targets = [name for graph in built for name in (graph.file, graph.log, graph.layers)]
-    for name in (engine.vision.file, engine.language.file, TOKENIZER_FILE, CHAT_TEMPLATE_FILE, *of_targets):
+    of_cpu = [graph.cpu_file for graph in (engine.vision, engine.language) if graph.cpu_file is not None]
+    for name in (engine.vision.file, engine.language.file, TOKENIZER_FILE, CHAT_TEMPLATE_FILE, *of_cpu, *of_targets):
         if name not in engine.files:
             raise EngineError(f"files does not list {name}")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .schedule import KEEP_UNIT, Schedule, ScheduleError, Stage, keep_count
 from .shape import ModelShape, TowerShape
 
-__all__ = ["Cost", "cost", "kv_bytes", "prefill_flops", "spend_keep"]
+__all__ = ["Cost", "Traffic", "cost", "kv_bytes", "prefill_flops", "spend_keep", "traffic"]
 
 SCORING_WIDTH = 8  # dimensions that the lowering adds to a head (plugins/importance.py)
 
@@ -131,6 +131,40 @@ def _merge_flops(schedule: Schedule, stage: Stage, shape: ModelShape, tokens: in
     alive = keep_count(tokens, earlier[-1].keep if earlier else KEEP_UNIT)
     width = shape.tower.group * shape.tower.embed_dim if stage.part == "tower" else shape.decoder.hidden_size
     return 2 * keep_count(tokens, stage.keep) * alive * width
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that matrix products and attention must move at least, each operand and each result once and no attention map.
+
+    Attributes:
+        tower: vision graph; scoring and merging are left out, they read what a block reads.
+        decoder: prefill. step: one token after it, of a batch of one: the weights and the KV cache.
+    """
+
+    tower: int
+    decoder: int
+    step: int
+
+
+def traffic(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, text_tokens: int, bytes_per_value: int) -> Traffic:
+    """Traffic of a prefill as in ``cost``, and of the token behind it."""
+    counted = cost(schedule, shape, rows=rows, columns=columns, text_tokens=text_tokens)
+    tower, decoder, tokens = shape.tower, shape.decoder, rows * columns
+    width, merged, hidden = tower.embed_dim, tower.group * tower.embed_dim, decoder.hidden_size
+    embed = tower.patch_dim * width + merged * (merged + hidden)
+    embed += tokens * tower.group * (tower.patch_dim + width) + counted.tower_tokens[-1] * (3 * merged + hidden)
+    block_weights, block_values = 4 * width * width + 2 * width * tower.mlp_dim, 12 * width + 2 * tower.mlp_dim
+    blocks = sum(block_weights + alive * tower.group * block_values for alive in counted.tower_tokens)
+
+    attention, kv = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    layer_weights = hidden * (2 * attention + 2 * kv + 3 * decoder.mlp_dim)
+    token_values = 7 * hidden + 4 * attention + 4 * kv + 3 * decoder.mlp_dim
+    lengths = [alive + text_tokens for alive in counted.decoder_tokens]
+    head = decoder.vocab_size * (hidden + 1) + hidden
+    layers = sum(layer_weights + length * token_values for length in lengths)
+    step = sum(layer_weights + token_values + 2 * length * kv for length in lengths)
+    return Traffic((embed + blocks) * bytes_per_value, (layers + head) * bytes_per_value, (step + head) * bytes_per_value)
 
 
 def kv_bytes(schedule: Schedule, shape: ModelShape, *, tokens: int, bytes_per_value: int) -> int:

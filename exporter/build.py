@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint, CheckpointError
 from .model import check_weights, pruned_graphs, shapes_only
 from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
 from .onnx_writer import write_graphs
+from .onnxruntime_graph import graph_for_onnxruntime
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS
 from .schedule import Schedule
 from .tensorrt.targets import build_target, check_targets
@@ -39,6 +40,7 @@ __all__ = [
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 VISION_FILE, LANGUAGE_FILE, SCHEDULE_FILE = "vision.onnx", "language.onnx", "schedule.json"
+CPU_FILES = {VISION_FILE: "vision.cpu.onnx", LANGUAGE_FILE: "language.cpu.onnx"}
 PLUGINS_FOLDER = "plugins"
 
 Progress = Callable[[str, float], None]  # phase, share done in 0..1
@@ -84,6 +86,8 @@ def build_engine(
             language = trace_language(language_graph, shape, schedule, dtype=dtype)
         graphs = [(vision, VISION_FILE), (language, LANGUAGE_FILE)]
         write_graphs(graphs, checkpoint, folder, progress=lambda done, total: progress("write weights", done / max(total, 1)))
+        for file, cpu_file in CPU_FILES.items():
+            ir.save(graph_for_onnxruntime(folder / file), folder / cpu_file)
         schedule.save(folder / SCHEDULE_FILE)
         capabilities = _kernel_capabilities(options)
         if capabilities:
@@ -197,6 +201,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _interface(model: ir.Model, file: str) -> dict[str, Any]:
     return {
         "file": file,
+        "cpu_file": CPU_FILES[file],
         "inputs": [_tensor(value) for value in model.graph.inputs],
         "outputs": [_tensor(value) for value in model.graph.outputs],
     }

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from ..engines.graphs import RUNTIMES
+from .cli_bench import bench
 from .cli_quality import evaluate, tune
 from .cli_serve import serve
 from .console import one_line_errors, progress_bar, stop_on_signals
@@ -31,6 +32,7 @@ def main() -> None:
     stop_on_signals()
 
 
+main.add_command(bench)
 main.add_command(evaluate)
 main.add_command(serve)
 main.add_command(tune)

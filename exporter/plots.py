@@ -1,4 +1,4 @@
-"""Plots of quality against cost, with matplotlib (the extra ``plot``)."""
+"""Plots of quality against cost and of times, with matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .schedule import ScheduleError
 if TYPE_CHECKING:
     from .evaluate import Evaluation
 
-__all__ = ["PlotLine", "evaluation_plot", "plot_lines"]
+__all__ = ["PlotLine", "check_plot", "evaluation_plot", "first_token_plot", "plot_lines"]
 
 PlotLine = Sequence[tuple[float, float]]  # (cost, quality), in the order in which they are joined
+ENDINGS = (".png", ".svg", ".pdf")
 MARKERS = "osD^vP*X<>ph"
 
 
@@ -43,12 +44,7 @@ def plot_lines(lines: Mapping[str, PlotLine], path: Path, *, cost: str, quality:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:
-        raise ScheduleError(f"{path}: {error}; end its name in .png, .svg or .pdf") from None
-    finally:
-        pyplot.close(figure)
+    _save(pyplot, figure, path)
 
 
 def evaluation_plot(results: Sequence[Evaluation], path: Path) -> None:
@@ -62,6 +58,53 @@ def evaluation_plot(results: Sequence[Evaluation], path: Path) -> None:
         lines.setdefault(result.name, []).append((result.prefill_flops, quality))
     quality_name = "share of right answers" if labelled else "overlap of the first token's distribution with the unpruned model's"
     plot_lines(lines, path, cost="prefill FLOPs, share of the unpruned", quality=quality_name, title="Quality against cost")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a plot that could not be written, before what is to be plotted takes its time.
+
+    Raises:
+        ScheduleError: as ``plot_lines``, or the folder is missing.
+    """
+    _import_pyplot()
+    if path.suffix not in ENDINGS:
+        raise ScheduleError(f"{path}: end its name in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise ScheduleError(f"{path.parent}: no such folder for the plot")
+
+
+def first_token_plot(values: Mapping[str, Any], path: Path) -> None:
+    """Median time to first token of every subject, a bar for each and a panel a side, from ``bench_values``.
+
+    Raises:
+        ScheduleError: as ``plot_lines``.
+    """
+    pyplot = _import_pyplot()
+    results = values["results"]
+    sides = [entry["side"] for entry in results[0]["sides"]]
+    figure, panels = pyplot.subplots(1, len(sides), figsize=(1 + 4.5 * len(sides), 1.5 + 0.5 * len(results)), layout="constrained", squeeze=False)
+    names = [Path(result["name"]).name if result["kind"] == "engine" else result["name"] for result in results]
+    for number, (side, axes) in enumerate(zip(sides, panels[0], strict=True)):
+        medians = [result["sides"][number]["median_s"] for result in results]
+        vision = [entry["vision"] or 0.0 for entry in medians]
+        axes.barh(names, vision, label="vision")
+        axes.barh(
+            names, [entry["first token"] - part for entry, part in zip(medians, vision, strict=True)], left=vision, label="prefill and sampling"
+        )
+        axes.set(title=f"{side}×{side}", xlabel="seconds to first token", yticks=range(len(names)) if number == 0 else [])
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+    panels[0][-1].legend(frameon=False, fontsize=9)
+    _save(pyplot, figure, path)
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:
+        raise ScheduleError(f"{path}: {error}; end its name in .png, .svg or .pdf") from None
+    finally:
+        pyplot.close(figure)
 
 
 def _import_pyplot() -> Any:

@@ -3,8 +3,9 @@
     (a) the exported graphs with nothing pruned, against the Hugging Face model
     (b) the engine's pruned graphs, against the PyTorch reference with the same schedule: survivors, then logits
     (c) decoding step by step, against the same tokens in one chunk and, where pruning does not depend on the last token, in one prefill
+    (d) the graphs of standard operators, against the PyTorch reference as in (b), where others are what runs on the CPU
 
-``verify_target.py`` has (d), the engines of a target against ONNX Runtime. A rung says what it measured and where its tolerance comes from; none is
+``verify_target.py`` has (e), the engines of a target against ONNX Runtime. A rung says what it measured and where its tolerance comes from; none is
 skipped silently.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..engines.backends.onnxruntime import OnnxRuntimeBackend
 from ..engines.manifest import Engine
 from ..engines.preprocess import load_image, preprocess_image
 from ..engines.results import Prepared
@@ -104,8 +106,12 @@ def verify_engine(
     session, reference, eager = Session(engine), _in_pytorch(engine, model), None
     if engine.precision == "fp32" and checkpoint.size <= FLOAT64_LIMIT:
         reference, eager = _in_pytorch(engine, load_model(checkpoint, torch.float32).double()), reference
-    findings += _against_reference(session, reference, eager, inputs, progress)
+    findings += _compare("b", "the PyTorch reference", session, reference, inputs, progress, eager)
     findings += _decoding(session, inputs, progress)
+    if engine.vision.cpu_file is not None:
+        del model, session  # a second engine beside the first need not fit
+        standard = Session(engine, backend=OnnxRuntimeBackend(engine, provider="cpu", standard=True))
+        findings += _compare("d", "the PyTorch reference", standard, reference, inputs, progress, eager)
     return findings
 
 
@@ -151,14 +157,23 @@ def hugging_face_logits(session: Session, model: Any, item: VerifyInput) -> NDAr
     return logits
 
 
-def _against_reference(
-    session: Session, reference: Session, eager: Session | None, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]
+def _compare(
+    rung: str,
+    against: str,
+    session: Session,
+    reference: Session,
+    inputs: Sequence[VerifyInput],
+    progress: Callable[[str, float], None],
+    eager: Session | None = None,
 ) -> Iterator[Finding]:
-    """``eager``: PyTorch in fp32 where the reference is float64."""
+    """A session with another one of the same engine: survivors, what they are ranked by, and logits.
+
+    ``eager``: PyTorch in fp32 where the reference is float64.
+    """
     precision = session.engine.precision
     shares, held, ranked, differences, roundings, largest = [], [], [], [], [], 0.0
     for number, item in enumerate(inputs):
-        progress("(b) against the reference", number / len(inputs))
+        progress(f"({rung}) against {against}", number / len(inputs))
         ours, theirs = session.prepare(item.prompt, [item.image]), reference.prepare(item.prompt, [item.image])
         mine, other = ours.survivors[0].index, theirs.survivors[0].index
         shares.append(len(np.intersect1d(mine, other)) / max(len(mine), len(other)))
@@ -176,14 +191,17 @@ def _against_reference(
         roundings.append(_rounding(eager, item, theirs, theirs_logits) if eager is not None else 0.0)
         largest = max(largest, float(np.abs(theirs_logits).max()))
     if precision == "fp32":
-        yield Finding("b", "survivors that differ, share", 1 - min(shares), 0.0, min(shares) == 1)
+        yield Finding(rung, "survivors that differ, share", 1 - min(shares), 0.0, min(shares) == 1)
         worst = max(ranked, default=0.0)
-        yield Finding("b", "importance of the survivors, relative", worst, FP32_IMPORTANCE_RELATIVE, worst <= FP32_IMPORTANCE_RELATIVE)
+        yield Finding(rung, "importance of the survivors, relative", worst, FP32_IMPORTANCE_RELATIVE, worst <= FP32_IMPORTANCE_RELATIVE)
     else:
         worst, allowed = max(held), FP16_IMPORTANCE_RELATIVE * (1 + len(session.engine.schedule.tower_stages))
-        yield Finding("b", "importance held by the survivors, relative", worst, allowed, worst <= allowed)
-    quantity = "logits, pruned, against the PyTorch reference"
-    yield _logits_finding("b", precision, quantity, differences, largest) if eager is None else _rounding_finding(quantity, differences, roundings)
+        yield Finding(rung, "importance held by the survivors, relative", worst, allowed, worst <= allowed)
+    quantity = f"logits, pruned, against {against}"
+    if eager is None:
+        yield _logits_finding(rung, precision, quantity, differences, largest)
+    else:
+        yield _rounding_finding(rung, quantity, differences, roundings)
 
 
 def held_importance(importance: NDArray[np.float32]) -> float:
@@ -200,14 +218,14 @@ def _rounding(eager: Session, item: VerifyInput, exact: Prepared, exact_logits: 
     return float(np.abs(logits - exact_logits).max())
 
 
-def _rounding_finding(quantity: str, differences: Sequence[float], roundings: Sequence[float]) -> Finding:
+def _rounding_finding(rung: str, quantity: str, differences: Sequence[float], roundings: Sequence[float]) -> Finding:
     """Each input is allowed what fp32 in PyTorch loses on it, and FP32_LOGITS at least."""
     allowed = [max(FP32_LOGITS, rounding) for rounding in roundings]
     shares = [difference / tolerance for difference, tolerance in zip(differences, allowed, strict=True)]
     worst = int(np.argmax(shares))  # NaN is the largest
     loose = sum(tolerance > FP32_LOGITS for tolerance in allowed)
     note = f"on {loose} of {len(allowed)} inputs PyTorch in fp32 is itself further from float64 than {FP32_LOGITS:g}: allowed there as much"
-    return Finding("b", quantity, differences[worst], allowed[worst], shares[worst] <= 1, note if loose else "")
+    return Finding(rung, quantity, differences[worst], allowed[worst], shares[worst] <= 1, note if loose else "")
 
 
 def _decoding(session: Session, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Rung (d) of ``verify``: a target's engines against ONNX Runtime, both behind the same session and on the same inputs.
+"""Rung (e) of ``verify``: a target's engines against ONNX Runtime, both behind the same session and on the same inputs.
 
 The graphs themselves are held to the model by the rungs before it (``verify.py``). When engine and graph part, ``bisect`` names the node.
 """
@@ -41,7 +41,7 @@ def verify_target(session: Session, target: str, inputs: Sequence[VerifyInput], 
     share = FP32_LOGITS_RELATIVE if exact else FP16_LOGITS_RELATIVE
     differing, importances, prefills, steps = [], [], [], []
     for number, item in enumerate(inputs):
-        progress(f"(d) {target} against ONNX Runtime", number / len(inputs))
+        progress(f"(e) {target} against ONNX Runtime", number / len(inputs))
         ours, theirs = session.prepare(item.prompt, [item.image]), reference.prepare(item.prompt, [item.image])
         mine, other = ours.survivors[0].index, theirs.survivors[0].index
         differing.append(1 - len(np.intersect1d(mine, other)) / max(len(mine), len(other)))
@@ -56,11 +56,11 @@ def verify_target(session: Session, target: str, inputs: Sequence[VerifyInput], 
             steps += compare({"logits": found}, {"logits": expected}, share)
     selections = 1 + len(engine.schedule.tower_stages)
     allowed = FP32_IMPORTANCE_RELATIVE if exact else FP16_IMPORTANCE_RELATIVE * selections
-    findings = [Finding("d", "survivors that differ, share", max(differing), 0.0, max(differing) == 0)] if exact else []
-    findings.append(Finding("d", "importance held by the survivors, relative", max(importances), allowed, max(importances) <= allowed))
+    findings = [Finding("e", "survivors that differ, share", max(differing), 0.0, max(differing) == 0)] if exact else []
+    findings.append(Finding("e", "importance held by the survivors, relative", max(importances), allowed, max(importances) <= allowed))
     for quantity, differences in (("logits of a prefill", prefills), ("logits of decoding steps", steps)):
         worst = max(differences, key=lambda difference: (not difference.passed, difference.worst))
-        findings.append(Finding("d", f"{quantity}, {target} against ONNX Runtime", worst.worst, worst.allowed, all(d.passed for d in differences)))
+        findings.append(Finding("e", f"{quantity}, {target} against ONNX Runtime", worst.worst, worst.allowed, all(d.passed for d in differences)))
     return findings
 
 

@@ -413,7 +413,7 @@ def test_verify_climbs_all_rungs(call: Callable[..., Result], engine: Engine) ->
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert values["passed"] is True
-    assert [finding["rung"] for finding in values["findings"]] == ["a", "b", "b", "b", "c", "c"]
+    assert [finding["rung"] for finding in values["findings"]] == ["a", "b", "b", "b", "c", "c", "d", "d", "d"]
     assert all(set(finding) == {"rung", "quantity", "worst", "tolerance", "passed", "note"} for finding in values["findings"])
     assert values["findings"][1]["worst"] == 0.0  # no survivor differs
 
@@ -457,7 +457,7 @@ def test_doctor_finds_what_is_needed_here(call: Callable[..., Result], monkeypat
 def test_help_and_version_name_every_command(call: Callable[..., Result]) -> None:
     result = call("--help")
     assert result.exit_code == 0
-    assert all(command in result.stdout for command in ("build", "run", "verify", "doctor"))
+    assert all(command in result.stdout for command in ("build", "run", "verify", "bench", "doctor"))
     assert "0.1.0" in call("--version").stdout
 
 

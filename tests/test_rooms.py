@@ -19,7 +19,10 @@ ALLOWED = {
     "engines": {"exporter.shape", "exporter.schedule", "exporter.budget"},
 }
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub"}
-LIGHT_EXPORTER = ("shape.py", "schedule.py", "budget.py", "presets.py", "doctor.py", "cli.py", "tiny/scenes.py")  # used where nothing is built
+LIGHT_EXPORTER = (  # used where nothing is built
+    "shape.py", "schedule.py", "budget.py", "presets.py", "doctor.py", "cli.py", "cli_bench.py", "tiny/scenes.py",
+    *(f"bench/{name}.py" for name in ("child", "engine", "genai", "limits", "measurement", "openvino", "report", "runner", "subjects")),
+)  # fmt: skip
 
 
 def modules(room: str) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """ONNX Runtime: both graphs, and KV caches that are updated where they lie.
 
 The caches are allocated once, for all slots, at the capacity of their segment. The rows of the slots that a call is for are bound both as input
-and as output of ``language.onnx``, so that ``TensorScatter`` writes into them and nothing copies them. No other module knows that they exist.
+and as output of ``language.onnx``, so that they are written where they lie and nothing copies them. No other module knows that they exist.
 
 The vision graph and the language graph are two sessions of the runtime, which run side by side; of the language graph's bindings, one call at a time.
 """
@@ -44,12 +44,13 @@ class OnnxRuntimeBackend:
         slots: rows of every cache.
         provider: ``cpu`` or ``cuda``; None takes CUDA where the installed runtime has it.
         threads: of each operator; None leaves it to the runtime.
+        standard: load the graphs of standard operators on the CPU as well, where ``cpu_file`` is faster; for comparison.
 
     Raises:
         EngineError: no runtime, one that is too old or lacks the provider, or graphs that it cannot load.
     """
 
-    def __init__(self, engine: Engine, *, slots: int = 1, provider: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, engine: Engine, *, slots: int = 1, provider: str | None = None, threads: int | None = None, standard: bool = False) -> None:
         if slots < 1:
             raise EngineError(f"slots must be at least 1, got {slots}")
         runtime = _import_runtime()
@@ -57,6 +58,7 @@ class OnnxRuntimeBackend:
         self.provider = _choose_provider(provider, runtime.get_available_providers())
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
         self._runtime = runtime
+        self._standard = standard
         self._failures = _failures()
         self._vision_inputs = frozenset(engine.vision.input_names)
         self._language_inputs = frozenset(engine.language.input_names)
@@ -167,7 +169,8 @@ class OnnxRuntimeBackend:
         return self._logits[rows].copy(), self._last_hidden[rows].copy()
 
     def _load(self, engine: Engine, graph: Graph, options: Any, provider: str | None) -> Any:
-        path = engine.path / graph.file
+        lowered = graph.cpu_file if self.provider == "cpu" and not self._standard else None
+        path = engine.path / (lowered or graph.file)
         name = PROVIDERS[self.provider]
         providers = [name] if self.provider == "cpu" else [name, PROVIDERS["cpu"]]
         try:

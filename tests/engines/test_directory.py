@@ -206,6 +206,8 @@ FIELD_DAMAGE: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("other merge size", lambda m: m["image_processor"].update(merge_size=4), "merge_size differs"),
     ("no graph", lambda m: m["graphs"].pop("vision"), "field graphs.vision is missing"),
     ("bad tensor", lambda m: m["graphs"]["vision"]["inputs"][0].update(shape=[None]), "graphs.vision.inputs[].shape must hold"),
+    ("unlisted graph", lambda m: m["graphs"]["vision"].update(cpu_file="vision.cpu.onnx"), "files does not list vision.cpu.onnx"),
+    ("graph that is no name", lambda m: m["graphs"]["vision"].update(cpu_file=1), "graphs.vision.cpu_file must be"),
     ("unlisted file", lambda m: m["files"].pop("tokenizer.json"), "files does not list tokenizer.json"),
     ("bad checksum", lambda m: m["files"]["vision.onnx"].update(sha256="xyz"), "sha256 must be 64 hexadecimal digits"),
     ("another checksum", lambda m: m["files"]["vision.onnx"].update(sha256="0" * 64), "vision.onnx: damaged"),

@@ -50,17 +50,19 @@ def vision_inputs(engine_processor: Any, rows: int, columns: int) -> tuple[NDArr
         ("random_checkpoint", "guided, no first stage", "fp32"),
         ("untied_checkpoint", "guidance alone", "fp32"),
         ("random_checkpoint", "tower and decoder", "fp16"),
+        ("random_checkpoint", "tower and decoder", "fp32", "standard"),
     ],
-    ids=lambda case: f"{case[1]}-{case[2]}" + ("-untied" if "untied" in case[0] else ""),
+    ids=lambda case: "-".join(case[1:]) + ("-untied" if "untied" in case[0] else ""),
 )
 def pair(request: pytest.FixtureRequest, build: Callable[..., Engine]) -> tuple[Session, Session]:
-    """An engine in ONNX Runtime, and the same request path over the reference."""
-    kind, name, precision = request.param
+    """An engine in ONNX Runtime, its graphs lowered for the CPU unless "standard", and the same request path over the reference."""
+    kind, name, precision, *standard = request.param
     folder = request.getfixturevalue(kind)
     engine = build(folder, SCHEDULES[name], precision)
     model = load_model(open_checkpoint(str(folder)), {"fp32": torch.float32, "fp16": torch.float16}[precision])
     reference = TorchBackend(*pruned_graphs(model, engine.shape, engine.schedule), engine.segments)
-    return Session(engine, threads=1), Session(engine, backend=reference)
+    backend = OnnxRuntimeBackend(engine, provider="cpu", threads=1, standard=bool(standard))
+    return Session(engine, backend=backend), Session(engine, backend=reference)
 
 
 def close(session: Session, actual: NDArray[Any], expected: NDArray[Any]) -> None:
@@ -160,8 +162,9 @@ def decoder_engine(build: Callable[..., Engine], random_checkpoint: Path) -> Ite
     return build(random_checkpoint, SCHEDULES["decoder"])
 
 
-def test_rows_of_a_batch_decode_as_if_alone(decoder_engine: Engine) -> None:
-    session = onnx_session(decoder_engine.path / "language.onnx")
+@pytest.mark.parametrize("file", ["language.onnx", "language.cpu.onnx"])
+def test_rows_of_a_batch_decode_as_if_alone(decoder_engine: Engine, file: str) -> None:
+    session = onnx_session(decoder_engine.path / file)
     names = [value.name for value in session.get_outputs()]
     rng = np.random.default_rng(5)
     segments = decoder_engine.segments

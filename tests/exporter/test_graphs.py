@@ -151,7 +151,8 @@ def test_all_weights_are_in_one_file_and_none_twice(
     assert all(offset % 4096 == 0 for offset, _ in ordered)
     assert all(a + length <= b for (a, length), (b, _) in itertools.pairwise(ordered))
     assert sum(ordered[-1]) == (engine.path / "weights.bin").stat().st_size
-    assert sorted(engine.files) == ["chat_template.jinja", "language.onnx", "schedule.json", "tokenizer.json", "vision.onnx", "weights.bin"]
+    graphs = ["language.cpu.onnx", "language.onnx", "vision.cpu.onnx", "vision.onnx"]
+    assert sorted(engine.files) == sorted(["chat_template.jinja", *graphs, "schedule.json", "tokenizer.json", "weights.bin"])
 
 
 def test_weights_are_the_checkpoint_s_bit_for_bit(engines: dict[str, Engine], random_checkpoint: Path) -> None:
@@ -174,7 +175,7 @@ def test_weights_are_the_checkpoint_s_bit_for_bit(engines: dict[str, Engine], ra
 
 def test_graphs_hold_neither_data_nor_traces_of_the_machine_that_built_them(engines: dict[str, Engine]) -> None:
     for engine in engines.values():
-        for graph in ("vision", "language"):
+        for graph in ("vision", "language", "vision.cpu", "language.cpu"):
             content = (engine.path / f"{graph}.onnx").read_bytes()
             assert len(content) < 100_000
             assert b".py" not in content
