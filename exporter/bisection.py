@@ -163,7 +163,7 @@ class RecordingBackend(OnnxRuntimeBackend):
     """
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine, provider="cpu")
+        super().__init__(engine, provider="cpu", standard=True)
         self._graphs = {"vision": engine.vision, "language": engine.language}
         self.calls: list[tuple[str, dict[str, NDArray[Any]]]] = []
 
@@ -171,11 +171,11 @@ class RecordingBackend(OnnxRuntimeBackend):
         self._record("vision", {"pixel_values": pixel_values.astype(self.dtype), "entropy": entropy, "budget_tokens": np.zeros(budget, np.int32)})
         return super().vision(pixel_values, entropy, budget)
 
-    def language(self, *, visual_embeds: NDArray[Any], budget: int, **inputs: NDArray[Any]) -> Any:
+    def language(self, *, visual_embeds: NDArray[Any], budget: int, slot: int = 0, **inputs: NDArray[Any]) -> Any:
         embeds = visual_embeds.astype(self.dtype)
         caches = {name: value.numpy().copy() for name, value in self._caches.items()}
         self._record("language", {**inputs, **caches, "visual_embeds": embeds, "budget_tokens": np.zeros(budget, np.int32)})
-        return super().language(visual_embeds=visual_embeds, budget=budget, **inputs)
+        return super().language(visual_embeds=visual_embeds, budget=budget, slot=slot, **inputs)
 
     def _record(self, name: str, feed: dict[str, NDArray[Any]]) -> None:
         graph: Graph = self._graphs[name]

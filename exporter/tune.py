@@ -41,9 +41,10 @@ Progress = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class TuneResult:
-    """The best schedule, its objective, and how many trials the study holds."""
+    """The best schedule and its point in the search space, its objective, and how many trials the study holds."""
 
     schedule: Schedule
+    point: Mapping[str, float | str]
     value: float
     trials: int
 
@@ -164,7 +165,7 @@ def tune_schedule(
     _optimize(study, evaluate, trials, lambda done: progress(done, study.best_value))
     provenance = _provenance(objective, space, seed, finished_trials(study)) | {"value": study.best_value}
     found = replace(space.schedule(study.best_params), model=fingerprint, provenance=provenance)
-    return TuneResult(found, study.best_value, finished_trials(study))
+    return TuneResult(found, study.best_params, study.best_value, finished_trials(study))
 
 
 def tune_front(

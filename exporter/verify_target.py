@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from ..engines.backends.onnxruntime import OnnxRuntimeBackend
 from ..engines.manifest import Engine
 from ..engines.session import Session
 from .bisection import Parting, RecordingBackend, engine_probe, first_difference, onnxruntime_probe
@@ -36,7 +37,8 @@ def verify_target(session: Session, target: str, inputs: Sequence[VerifyInput], 
     Raises:
         EngineError: Polygraphy is missing, or an engine failed.
     """
-    engine, reference = session.engine, Session(session.engine, provider="cpu")
+    engine = session.engine
+    reference = Session(engine, backend=OnnxRuntimeBackend(engine, provider="cpu", standard=True))  # of the graphs that the target was built from
     exact = engine.precision == "fp32"
     share = FP32_LOGITS_RELATIVE if exact else FP16_LOGITS_RELATIVE
     differing, importances, prefills, steps = [], [], [], []

@@ -1,5 +1,7 @@
 """Tune the schedules that ship for a model: at the keeps of the paper's tables, without and with stages inside the tower.
 
+Each search also tries what the one before it, at the next larger keep, has found.
+
 python tools/tune_presets.py --model tiny --output exporter/tuned
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -42,11 +45,13 @@ def main() -> None:
     objective = FlowObjective(checkpoint, samples, blocks=range(2, shape.tower.blocks))
     args.output.mkdir(parents=True, exist_ok=True)
     for tower in (False, True) if args.tower is None else (args.tower,):
+        found: list[Mapping[str, float | str]] = []
         for keep in args.keeps:
             began = time.monotonic()
             budget = Budget(keep, prefill_flops=TOWER_FLOPS[keep] if tower else None, rows=grid, columns=grid, text_tokens=TEXT_TOKENS)
             space = SearchSpace.for_model(shape, budget, tower=tower, guidance=True)
-            result = tune_schedule(objective, space, fingerprint=checkpoint.fingerprint, trials=args.trials)
+            result = tune_schedule(objective, space, fingerprint=checkpoint.fingerprint, trials=args.trials, start=[*space.starts(), *found])
+            found = [result.point]
             path = args.output / f"{Path(args.model).name}-keep-{keep:.2f}{'-tower' if tower else ''}.json"
             result.schedule.save(path)
             print(f"{path}: overlap {result.value:.4f}, FLOPs {space.flops_share(result.schedule):.3f}, {time.monotonic() - began:.0f} s", flush=True)

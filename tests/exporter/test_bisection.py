@@ -163,7 +163,7 @@ def damaged(engine: Engine, folder: Path) -> Engine:
     model = load(engine, "language")
     attention_at(2)(model)
     onnx.save(model, folder / "language.onnx")
-    return dataclasses.replace(engine, path=folder)
+    return dataclasses.replace(engine, path=folder, language=dataclasses.replace(engine.language, cpu_file=None))
 
 
 def test_a_rung_compares_a_target_with_onnx_runtime(engine: Engine, tmp_path: Path) -> None:
