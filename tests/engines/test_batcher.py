@@ -116,7 +116,7 @@ def test_every_answer_is_the_one_given_alone(make_standin: MakeStandin, schedule
 
 
 def test_exported_graphs_answer_in_a_batch_as_alone(build: Callable[..., Engine], random_checkpoint: Path) -> None:
-    schedule = Schedule((Stage("decoder", 0, 500), Stage("decoder", 2, 250)), guidance_weight=0.3)
+    schedule = Schedule((Stage("decoder", 1, 600), Stage("decoder", 2, 300)), guidance_weight=0.4)  # tests of the export build it as well
     engine = build(random_checkpoint, schedule)
     requests = [("what color is the object ?", [blocks(1 + n % 5, 2 + n % 7, n)] if n % 4 else []) for n in range(12)]
     alone = Session(engine, provider="cpu", threads=1)

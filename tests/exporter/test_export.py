@@ -16,6 +16,7 @@ from support import picture
 from vflow.engines import Engine, Session
 from vflow.engines.backends.onnxruntime import DISABLED_OPTIMIZERS, OnnxRuntimeBackend
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
+from vflow.engines.request import read_request
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.model import load_model, pruned_graphs, shapes_only
 from vflow.exporter.models.qwen2_vl import model_shape
@@ -187,6 +188,15 @@ def test_rows_of_a_batch_decode_as_if_alone(decoder_engine: Engine, file: str) -
         alone = {k: v if batch_axis.get(k, 0) is None else v.take([row], batch_axis.get(k, 0)) for k, v in feed.items()}
         for name, value in zip(names, session.run(None, alone), strict=True):
             np.testing.assert_allclose(together[name][row : row + 1], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_scale", [1.0, 0.4])
+def test_the_room_for_an_answer_is_known_before_the_vision_graph_runs(pair: tuple[Session, Session], keep_scale: float) -> None:
+    session, _ = pair
+    for images in ([], [picture(4, 6)], [picture(3, 3), picture(2, 5, 1)]):
+        request = read_request(session.engine, session.encoder, PROMPT, images, keep_scale=keep_scale)
+        session.prefill(session.prepare(PROMPT, images, keep_scale=keep_scale))
+        assert request.max_new_tokens == session.room + 1
 
 
 def test_a_smaller_budget_keeps_fewer_tokens_of_the_same_image(pair: tuple[Session, Session]) -> None:
