@@ -3,7 +3,7 @@
     (a) the exported graphs with nothing pruned, against the Hugging Face model
     (b) the engine's pruned graphs, against the PyTorch reference with the same schedule: survivors, then logits
     (c) decoding step by step, against the same tokens in one chunk and, where pruning does not depend on the last token, in one prefill
-    (e) the graphs of standard operators, against those for ONNX Runtime's CPU, which the rungs before have seen there
+    (d) the graphs of standard operators, against those for ONNX Runtime's CPU, which are what runs there
 
 A rung says what it measured and where its tolerance comes from; none is skipped silently.
 """
@@ -102,11 +102,12 @@ def verify_engine(
     if engine.precision == "fp32" and checkpoint.size <= FLOAT64_LIMIT:
         model = model.double()
     reference = Session(engine, backend=TorchBackend(*pruned_graphs(model, engine.shape, engine.schedule), engine.segments))
-    findings += _against_reference(session, reference, inputs, progress)
+    findings += _compare("b", "the PyTorch reference", session, reference, inputs, progress)
     findings += _decoding(session, inputs, progress)
     if engine.vision.cpu_file is not None:
         del model, reference, session  # two engines beside them would not fit where one does
-        findings += _standard_graphs(engine, inputs, progress)
+        standard, lowered = (Session(engine, backend=OnnxRuntimeBackend(engine, provider="cpu", standard=which)) for which in (True, False))
+        findings += _compare("d", "the graphs for ONNX Runtime's CPU", standard, lowered, inputs, progress)
     return findings
 
 
@@ -148,13 +149,14 @@ def hugging_face_logits(session: Session, model: Any, item: VerifyInput) -> NDAr
     return logits
 
 
-def _against_reference(
-    session: Session, reference: Session, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]
+def _compare(
+    rung: str, against: str, session: Session, reference: Session, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]
 ) -> Iterator[Finding]:
+    """A session with another one of the same engine: survivors, what they are ranked by, and logits."""
     precision = session.engine.precision
     shares, held, ranked, differences, largest = [], [], [], [], 0.0
     for number, item in enumerate(inputs):
-        progress("(b) against the reference", number / len(inputs))
+        progress(f"({rung}) against {against}", number / len(inputs))
         ours, theirs = session.prepare(item.prompt, [item.image]), reference.prepare(item.prompt, [item.image])
         mine, other = ours.survivors[0].index, theirs.survivors[0].index
         shares.append(len(np.intersect1d(mine, other)) / max(len(mine), len(other)))
@@ -171,13 +173,13 @@ def _against_reference(
         differences.append(float(np.abs(ours_logits - theirs_logits).max()))
         largest = max(largest, float(np.abs(theirs_logits).max()))
     if precision == "fp32":
-        yield Finding("b", "survivors that differ, share", 1 - min(shares), 0.0, min(shares) == 1)
+        yield Finding(rung, "survivors that differ, share", 1 - min(shares), 0.0, min(shares) == 1)
         worst = max(ranked, default=0.0)
-        yield Finding("b", "importance of the survivors, relative", worst, FP32_IMPORTANCE_RELATIVE, worst <= FP32_IMPORTANCE_RELATIVE)
+        yield Finding(rung, "importance of the survivors, relative", worst, FP32_IMPORTANCE_RELATIVE, worst <= FP32_IMPORTANCE_RELATIVE)
     else:
         worst, allowed = max(held), FP16_IMPORTANCE_RELATIVE * (1 + len(session.engine.schedule.tower_stages))
-        yield Finding("b", "importance held by the survivors, relative", worst, allowed, worst <= allowed)
-    yield _logits_finding("b", precision, "logits, pruned, against the PyTorch reference", differences, largest)
+        yield Finding(rung, "importance held by the survivors, relative", worst, allowed, worst <= allowed)
+    yield _logits_finding(rung, precision, f"logits, pruned, against {against}", differences, largest)
 
 
 def _decoding(session: Session, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]) -> Iterator[Finding]:
@@ -208,26 +210,3 @@ def _decoding(session: Session, inputs: Sequence[VerifyInput], progress: Callabl
     yield _logits_finding("c", precision, "logits, step by step against one chunk", in_chunk, largest)
     if in_prefill:
         yield _logits_finding("c", precision, "logits, step by step against one prefill", in_prefill, largest)
-
-
-def _standard_graphs(engine: Engine, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]) -> Iterator[Finding]:
-    """Both sides round, so logits may differ by their share of the largest."""
-    standard, lowered = (Session(engine, backend=OnnxRuntimeBackend(engine, provider="cpu", standard=which)) for which in (True, False))
-    differing, held, differences, largest = [], [], [], 1.0
-    for number, item in enumerate(inputs):
-        progress("(e) standard graphs against those for the CPU", number / len(inputs))
-        ours, theirs = standard.prepare(item.prompt, [item.image]), lowered.prepare(item.prompt, [item.image])
-        mine, other = ours.survivors[0].index, theirs.survivors[0].index
-        differing.append(1 - len(np.intersect1d(mine, other)) / max(len(mine), len(other)))
-        mine_held, other_held = (float(side.importance[side.importance < PROTECTED].sum()) for side in (ours, theirs))
-        held.append(abs(mine_held - other_held) / abs(other_held) if other_held else abs(mine_held))
-        logits = lowered.prefill(theirs).logits
-        differences.append(float(np.abs(standard.prefill(theirs).logits - logits).max()))
-        largest = max(largest, float(np.abs(logits).max()))
-    exact = engine.precision == "fp32"
-    allowed = FP32_IMPORTANCE_RELATIVE if exact else FP16_IMPORTANCE_RELATIVE * (1 + len(engine.schedule.tower_stages))
-    if exact:
-        yield Finding("e", "survivors that differ, share", max(differing), 0.0, max(differing) == 0)
-    yield Finding("e", "importance held by the survivors, relative", max(held), allowed, max(held) <= allowed)
-    worst, allowed = max(differences), (FP32_LOGITS if exact else FP16_LOGITS_RELATIVE) * largest
-    yield Finding("e", "logits, standard graphs against those for the CPU", worst, allowed, worst <= allowed)
