@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
@@ -436,6 +437,23 @@ def test_verify_fails_an_engine_that_computes_something_else(
     assert result.exit_code == 1
     assert "FAILED" in result.stdout
     assert "ok" in result.stdout  # step by step is as wrong as all at once
+
+
+def test_verify_looks_at_the_graphs_that_other_runtimes_get(
+    call: Callable[..., Result], engine: Engine, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vflow.engines.backends.onnxruntime import OnnxRuntimeBackend
+
+    vision = OnnxRuntimeBackend.vision
+
+    def shifted(self: OnnxRuntimeBackend, *inputs: Any) -> Any:
+        embeds, importance, index = vision(self, *inputs)
+        return embeds, importance * np.float32(1.01 if self._standard else 1.0), index
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "vision", shifted)
+    values = json.loads(call("verify", engine.path, "--image", image, "--json").stdout)
+    failed = [(finding["rung"], finding["quantity"]) for finding in values["findings"] if not finding["passed"]]
+    assert failed == [("d", "importance of the survivors, relative")]
 
 
 def test_verify_refuses_another_model(call: Callable[..., Result], engine: Engine, untied_checkpoint: Path) -> None:
