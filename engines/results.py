@@ -29,8 +29,7 @@ def stage_counts(engine: Engine, budgets: Sequence[int]) -> tuple[StageCount, ..
 def kv_bytes(engine: Engine, allocated: int) -> KvBytes:
     """Sizes of the KV caches of an engine whose buffers have ``allocated`` bytes."""
     decoder = engine.shape.decoder
-    itemsize = 2 if engine.precision == "fp16" else 4
-    token_bytes = 2 * decoder.kv_heads * decoder.head_dim * itemsize  # key and value of one token in one layer
+    token_bytes = 2 * decoder.kv_heads * decoder.head_dim * engine.itemsize  # key and value of one token in one layer
     visual = sum(segment.layers * segment.visual_capacity for segment in engine.segments) * token_bytes
     return KvBytes(allocated, visual, decoder.layers * engine.limits.max_visual_tokens * token_bytes)
 
