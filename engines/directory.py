@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EngineError
+from .fields import field
 from .manifest import Engine, FileEntry, Segment, kv_segments, parse_manifest
 
 __all__ = ["MANIFEST_FILE", "Engine", "EngineError", "Segment", "kv_segments", "open_engine", "write_engine_directory"]
 
 MANIFEST_FILE = "manifest.json"
+CHECKSUM = "checksum"  # field of the manifest: it lists the hashes of all files but its own
 PARTIAL_MARK = ".partial-"  # in the name of a sibling that is being written
 REPLACED_MARK = ".replaced-"  # in the name of an old engine while the new one takes its place
 HASH_CHUNK = 1 << 22  # bytes a read: large enough to keep SHA-256 busy, small beside any weights
@@ -102,9 +104,18 @@ def parse_manifest_file(folder: Path) -> Engine:
     except (ValueError, RecursionError) as error:
         raise EngineError(f"{manifest}: not JSON ({error}); {REBUILD}") from None
     try:
-        return parse_manifest(values, folder)
+        engine = parse_manifest(values, folder)
+        if field(values, CHECKSUM, str) != checksum(values):  # last: what is wrong with a field says more
+            raise EngineError(f"damaged, its {CHECKSUM} is not that of its fields")
     except EngineError as error:
         raise EngineError(f"{manifest}: {error}; {REBUILD}") from None
+    return engine
+
+
+def checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's fields but its own, whatever their order and the space between them."""
+    fields = {key: value for key, value in manifest.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -174,7 +185,8 @@ def _seal(draft: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a filled draft, checked as a reader will check it, and force everything to the disk."""
     names = sorted(_file_names(draft))
     files = {name: {"sha256": file_sha256(draft / name), "size": (draft / name).stat().st_size} for name in names}
-    text = json.dumps({**manifest, "files": files}, indent=2, allow_nan=False) + "\n"
+    values = {**manifest, "files": files}
+    text = json.dumps({**values, CHECKSUM: checksum(values)}, indent=2, allow_nan=False) + "\n"
     try:
         parse_manifest(json.loads(text), draft)
     except EngineError as error:

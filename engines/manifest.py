@@ -21,6 +21,7 @@ __all__ = [
     "FAMILIES",
     "MANIFEST_FORMAT",
     "PRECISIONS",
+    "WEIGHTS",
     "Engine",
     "FileEntry",
     "Graph",
@@ -34,12 +35,13 @@ __all__ = [
 
 MANIFEST_FORMAT = 1
 FAMILIES = ("qwen2_vl",)
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a number
+WEIGHTS = ("full", "int8", "int4", "fp8")
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SHA256_DIGITS = 64
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
 Sizes = TypeVar("Sizes", TowerShape, DecoderShape)
 
 
@@ -90,13 +92,17 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine directory whose manifest has been checked; ``path`` is its folder."""
+    """An engine directory whose manifest has been checked; ``path`` is its folder.
+
+    ``precision`` is that of tensors and arithmetic; ``weights`` how those of the decoder's projections are stored: ``full`` is like the rest.
+    """
 
     path: Path
     family: str
     model_name: str
     model_fingerprint: str
     precision: Precision
+    weights: str
     shape: ModelShape
     schedule: Schedule
     limits: Limits
@@ -108,6 +114,11 @@ class Engine:
     files: Mapping[str, FileEntry]
     environment: Mapping[str, Any]
     targets: Mapping[str, Target]  # by name; none where ONNX Runtime alone was asked for
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in tensors of type T, KV caches among them."""
+        return PRECISIONS[self.precision]
 
     @property
     def tokenizer_path(self) -> Path:
@@ -146,7 +157,7 @@ def parse_manifest(values: Any, path: Path) -> Engine:
     if version != MANIFEST_FORMAT:
         age = "newer" if version > MANIFEST_FORMAT else "older"
         raise EngineError(f"format {version} is {age} than the one that this vflow-export reads ({MANIFEST_FORMAT}); use the version that wrote it")
-    precision: Precision = choice(values, "precision", PRECISIONS)
+    precision: Precision = choice(values, "precision", tuple(PRECISIONS))
     model = field(values, "model", Mapping)
     graphs = field(values, "graphs", Mapping)
     files = _files(field(values, "files", Mapping))
@@ -156,6 +167,7 @@ def parse_manifest(values: Any, path: Path) -> Engine:
         model_name=field(model, "name", str, "model."),
         model_fingerprint=field(model, "fingerprint", str, "model."),
         precision=precision,
+        weights=choice(values, "weights", WEIGHTS) if "weights" in values else "full",
         shape=_shape(field(values, "shape", Mapping)),
         schedule=_schedule(field(values, "schedule", Mapping)),
         limits=_limits(field(values, "limits", Mapping)),

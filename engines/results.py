@@ -41,7 +41,7 @@ def slot_bytes(engine: Engine) -> int:
 def _token_bytes(engine: Engine) -> int:
     """Key and value of one token in one layer."""
     decoder = engine.shape.decoder
-    return 2 * decoder.kv_heads * decoder.head_dim * (2 if engine.precision == "fp16" else 4)
+    return 2 * decoder.kv_heads * decoder.head_dim * engine.itemsize
 
 
 class Step(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ..engines.backends.onnxruntime import DISABLED_OPTIMIZERS, OnnxRuntimeBackend
+from ..engines.backends.onnxruntime import DISABLED_OPTIMIZERS, OnnxRuntimeBackend, session_options
 from ..engines.graphs import Graph
 from ..engines.manifest import Engine
 from .comparison import compare
@@ -90,8 +90,7 @@ def onnxruntime_probe(model: onnx.ModelProto, folder: Path, *, optimized: bool =
     """ONNX Runtime on the CPU; ``folder`` has the weights. Without ``optimized`` every node is computed as it stands."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(onnxruntime)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL

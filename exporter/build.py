@@ -16,6 +16,7 @@ import torch
 
 from ..engines.backends.cuda import gpu_capability
 from ..engines.directory import kv_segments, open_engine, write_engine_directory
+from ..engines.errors import EngineError
 from ..engines.graphs import parse_graph
 from ..engines.manifest import MANIFEST_FORMAT, Engine, Limits
 from ..engines.preprocess import ImageProcessorConfig
@@ -38,10 +39,11 @@ __all__ = [
     "image_processor",
 ]
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 VISION_FILE, LANGUAGE_FILE, SCHEDULE_FILE = "vision.onnx", "language.onnx", "schedule.json"
 CPU_FILES = {VISION_FILE: "vision.cpu.onnx", LANGUAGE_FILE: "language.cpu.onnx"}
 PLUGINS_FOLDER = "plugins"
+FP8_CAPABILITY = 8.9  # the builder refuses 8.0 by name, and without any capability builds for 8.0 and says nothing
 
 Progress = Callable[[str, float], None]  # phase, share done in 0..1
 
@@ -56,7 +58,8 @@ class BuildOptions:
     force: bool = False
     # GPUs such as "8.9". With the target tensorrt-rtx its engines are for these; else the ops' kernels are compiled for them into plugins/.
     compute_capabilities: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()  # of engines.graphs.TARGETS; ONNX Runtime can run every engine directory
+    targets: tuple[str, ...] = ()  # of engines.graphs.TARGETS; ONNX Runtime can run every engine directory, bf16 apart
+    weights: str = "full"  # of engines.manifest.WEIGHTS
 
 
 def build_engine(
@@ -69,6 +72,7 @@ def build_engine(
     """
     started = time.monotonic()
     check_targets(options.targets, options.compute_capabilities)
+    _check_types(options)
     dtype = PRECISIONS[options.precision]
     shape = model_shape(checkpoint.config)
     schedule.check(shape, fingerprint=checkpoint.fingerprint)
@@ -85,8 +89,12 @@ def build_engine(
             progress("trace language", 0.0)
             language = trace_language(language_graph, shape, schedule, dtype=dtype)
         graphs = [(vision, VISION_FILE), (language, LANGUAGE_FILE)]
-        write_graphs(graphs, checkpoint, folder, progress=lambda done, total: progress("write weights", done / max(total, 1)))
-        for file, cpu_file in CPU_FILES.items():
+        write_graphs(
+            graphs, checkpoint, folder, weights=options.weights,
+            progress=lambda done, total: progress("write weights", done / max(total, 1)),
+        )  # fmt: skip
+        cpu_files = {} if options.precision == "bf16" else CPU_FILES  # for bf16 ONNX Runtime has no kernels
+        for file, cpu_file in cpu_files.items():
             ir.save(graph_for_onnxruntime(folder / file), folder / cpu_file)
         schedule.save(folder / SCHEDULE_FILE)
         capabilities = _kernel_capabilities(options)
@@ -97,7 +105,7 @@ def build_engine(
             )  # fmt: skip
         limits = Limits(options.max_visual_tokens, options.max_text_tokens)
         segments = kv_segments(schedule, shape.decoder.layers, **vars(limits))
-        interfaces = {"vision": _interface(vision, VISION_FILE), "language": _interface(language, LANGUAGE_FILE)}
+        interfaces = {"vision": _interface(vision, VISION_FILE, cpu_files), "language": _interface(language, LANGUAGE_FILE, cpu_files)}
         targets = {}
         for target in options.targets:
             rtx = target == "tensorrt-rtx"
@@ -112,6 +120,7 @@ def build_engine(
             family=FAMILY,
             model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
             precision=options.precision,
+            weights=options.weights,
             shape=shape.to_dict(),
             schedule=schedule.to_dict(),
             limits=vars(limits),
@@ -123,6 +132,25 @@ def build_engine(
             **({"targets": targets} if targets else {}),
         )
     return open_engine(output, check_hashes=False)
+
+
+def _check_types(options: BuildOptions) -> None:
+    """Refuse numbers that what the engine is for does not compute with; what was tried is in docs/quality.md."""
+    if options.precision == "bf16" and not options.targets:
+        raise EngineError(
+            "--precision bf16: ONNX Runtime has no bf16 kernels for Gemm and Expand on the CPU; add --target tensorrt-rtx, or take fp16"
+        )
+    if options.weights == "full":
+        return
+    if "tensorrt" in options.targets:
+        raise EngineError(
+            f"--weights {options.weights}: untried on TensorRT, which builds on a GPU alone; take --target tensorrt-rtx, or leave it out"
+        )
+    able = [float(capability) >= FP8_CAPABILITY for capability in options.compute_capabilities]
+    if options.weights == "fp8" and "tensorrt-rtx" in options.targets and not (able and all(able)):
+        raise EngineError(
+            f"--weights fp8: TensorRT for RTX takes it from compute capability {FP8_CAPABILITY} on; say which with --compute-capability"
+        )
 
 
 def _check_limits(checkpoint: Checkpoint, options: BuildOptions) -> None:
@@ -198,10 +226,10 @@ def _json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _interface(model: ir.Model, file: str) -> dict[str, Any]:
+def _interface(model: ir.Model, file: str, cpu_files: Mapping[str, str]) -> dict[str, Any]:
     return {
         "file": file,
-        "cpu_file": CPU_FILES[file],
+        **({"cpu_file": cpu_files[file]} if file in cpu_files else {}),
         "inputs": [_tensor(value) for value in model.graph.inputs],
         "outputs": [_tensor(value) for value in model.graph.outputs],
     }

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from ..engines.graphs import RUNTIMES
+from ..engines.manifest import PRECISIONS, WEIGHTS
 from .cli_bench import bench
 from .cli_quality import evaluate, tune
 from .cli_serve import serve
@@ -44,7 +45,12 @@ main.add_command(tune)
 @click.option("--keep", type=click.FloatRange(0, 1, min_open=True), help="Average share of visual tokens that decoder layers keep.")
 @click.option("--preset", type=click.Choice(PRESET_NAMES), help=f"Schedule for --keep.  [default: tuned where there is one, else {DEFAULT_PRESET}]")
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path, dir_okay=False), help="schedule.json instead of --keep.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True, help="bf16 is for tensorrt-rtx and tensorrt alone."
+)
+@click.option(
+    "--weights", type=click.Choice(WEIGHTS), default="full", show_default=True, help="Bits of the decoder's projections; full is --precision."
+)
 @click.option("--target", "targets", multiple=True, type=click.Choice(RUNTIMES), default=["onnxruntime"],
               show_default=True, help="Build for this runtime; repeatable. ONNX Runtime takes the graphs, tensorrt needs a GPU.")  # fmt: skip
 @click.option("--compute-capability", "capabilities", multiple=True,
@@ -59,7 +65,7 @@ main.add_command(tune)
 @click.option("--max-text-tokens", type=click.IntRange(1), default=DEFAULT_MAX_TEXT_TOKENS, show_default=True, help="Tokens of prompt and answer.")
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 def build(
-    model: str, output: Path, keep: float | None, preset: str | None, schedule_file: Path | None, precision: str,
+    model: str, output: Path, keep: float | None, preset: str | None, schedule_file: Path | None, precision: str, weights: str,
     targets: tuple[str, ...], capabilities: tuple[str, ...], max_visual_tokens: int, max_text_tokens: int, force: bool,
 ) -> None:  # fmt: skip
     """Export a model with its pruning schedule baked in, into an engine directory.
@@ -94,7 +100,7 @@ def build(
                 question = f"No schedule is tuned for keep {keep:g} (vflow-export tune makes one). Build with the untuned preset {name}?"
                 click.confirm(question, default=True, abort=True, err=True)
         with progress_bar() as progress:
-            options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force, capabilities, engines_for)
+            options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force, capabilities, engines_for, weights)
             engine = build_engine(checkpoint, schedule or unpruned_schedule(), output, options, progress=progress)
         Console().print(build_table(engine))
         click.echo(f"schedule   {origin}")

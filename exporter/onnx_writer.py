@@ -1,12 +1,13 @@
 """Weights into the graphs: one external file for both, streamed, nothing stored twice.
 
 The traced graphs know their weights by name only. ``write_graphs`` names them as the checkpoint does, replaces transposes of
-weights by weights stored transposed, writes each distinct tensor once and lets both graphs point into the file.
+weights by weights stored transposed, and those by codes and scales where fewer bits are asked for; writes each distinct tensor once and lets
+both graphs point into the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,15 @@ import onnx_ir as ir
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, TensorReader
+from .weights import BLOCK, is_quantized, quantize, scale_shape
 
 __all__ = ["WEIGHTS_FILE", "write_graphs"]
 
 WEIGHTS_FILE = "weights.bin"
 ALIGNMENT = 4096  # a page, so that runtimes can map every tensor
-TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
+TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+CODE_TYPES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
+SCALES = ".scales"  # suffix of a stored transposed weight's scales; that of its codes is the name of their type
 OPENING = "walk."  # how the traced modules call the model's own
 
 
@@ -30,12 +34,18 @@ class _Place:
 
 
 def write_graphs(
-    models: Sequence[tuple[ir.Model, str]], checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int, int], None] | None = None
+    models: Sequence[tuple[ir.Model, str]],
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    weights: str = "full",
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write graphs and ``weights.bin`` into ``folder``.
 
     Args:
         models: traced graphs with their file names.
+        weights: of ``engines.manifest.WEIGHTS``.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -44,6 +54,7 @@ def write_graphs(
     """
     for model, _ in models:
         _store_transposed(model)
+        _store_quantized(model, weights)
     wanted: dict[str, ir.Value] = {}
     for model, _ in models:
         for value in _weights(model):
@@ -51,9 +62,8 @@ def write_graphs(
     total = sum(_bytes(value) for value in wanted.values())
     places: dict[str, _Place] = {}
     with TensorReader(checkpoint) as reader, (folder / WEIGHTS_FILE).open("wb") as file:
-        for name, value in wanted.items():
+        for name, data in _stored(reader, wanted, weights):
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            data = _read(reader, name, value)
             places[name] = _Place(file.tell(), data.nbytes)
             file.write(data.numpy().data)  # tofile would not say why a write failed
             if progress:
@@ -93,6 +103,28 @@ def _store_transposed(model: ir.Model) -> None:
             graph.remove(node, safe=True)
 
 
+def _store_quantized(model: ir.Model, weights: str) -> None:
+    """Put DequantizeLinear(codes, scales) in the place of each weight that is multiplied by and is to have fewer bits."""
+    graph = model.graph
+    for value in _weights(model):
+        name, uses = str(value.name), list(value.uses())
+        if not name.endswith(".T") or not all(use.node.op_type == "MatMul" and use.idx == 1 for use in uses):
+            continue
+        assert isinstance(value.shape, ir.Shape)
+        inputs, outputs = (int(size) for size in value.shape)  # type: ignore[arg-type]  # weights have fixed sizes
+        if not is_quantized(name, inputs, weights):
+            continue
+        codes = ir.Value(name=f"{name}.{weights}", shape=value.shape, type=ir.TensorType(CODE_TYPES[weights]))
+        scales = ir.Value(name=f"{name}{SCALES}", shape=ir.Shape(scale_shape(inputs, outputs, weights)), type=ir.TensorType(_dtype(value)))
+        attributes = {"axis": 0, "block_size": BLOCK} if weights == "int4" else {"axis": 1}
+        node = ir.node("DequantizeLinear", [codes, scales], attributes, name=f"dequantize.{name}")
+        node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = f"{name}.restored", value.shape, ir.TensorType(_dtype(value))
+        graph.insert_before(min((use.node for use in uses), key=list(graph).index), node)
+        ir.convenience.replace_all_uses_with(value, node.outputs[0])
+        del graph.initializers[name]
+        graph.initializers[str(codes.name)], graph.initializers[str(scales.name)] = codes, scales
+
+
 def _dtype(value: ir.Value) -> ir.DataType:
     assert value.dtype is not None
     return value.dtype
@@ -106,10 +138,28 @@ def _bytes(value: ir.Value) -> int:
     return bits // 8
 
 
-def _read(reader: TensorReader, name: str, value: ir.Value) -> torch.Tensor:
+def _read(reader: TensorReader, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A weight of the checkpoint in this dtype, transposed where its name says so."""
     tensor = reader.read(name.removesuffix(".T"))
-    wanted = TORCH_DTYPES[_dtype(value)]
-    converted = tensor.to(wanted)
-    if wanted is torch.float16 and tensor.dtype is not torch.float16 and not torch.isfinite(converted).all():
+    converted = tensor.to(dtype)
+    if dtype is torch.float16 and tensor.dtype is not torch.float16 and not torch.isfinite(converted).all():
         raise CheckpointError(f"{name}: has values outside float16; build with --precision fp32")
     return (converted.T if name.endswith(".T") else converted).contiguous()
+
+
+def _stored(reader: TensorReader, wanted: dict[str, ir.Value], weights: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that is wanted, as bytes: uint8 [n]. Scales come right after their codes."""
+    for name, value in wanted.items():
+        whole = name.removesuffix(f".{weights}")
+        if whole != name:
+            codes, scales = quantize(_read(reader, whole, TORCH_DTYPES[_dtype(wanted[whole + SCALES])]), weights)
+            yield name, _packed(codes) if weights == "int4" else codes.flatten().view(torch.uint8)
+            yield whole + SCALES, scales.flatten().view(torch.uint8)
+        elif not name.endswith(SCALES):
+            yield name, _read(reader, name, TORCH_DTYPES[_dtype(value)]).flatten().view(torch.uint8)
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes a byte, the first in the lower half."""
+    halves = codes.flatten().view(torch.uint8) & 0x0F
+    return halves[0::2] | halves[1::2] << 4

@@ -35,7 +35,7 @@ def build_table(engine: Engine) -> Table:
     full = cost(unpruned_schedule(), shape, rows=side, columns=side, text_tokens=REPORT_TEXT_TOKENS)
     pixels = side * engine.image_processor.factor
     keep = schedule.average_keep(shape.decoder.layers)
-    title = f"{escape(engine.model_name)} · {engine.precision} · average keep {keep:.3f} · image of {pixels}×{pixels}"
+    title = f"{escape(engine.model_name)} · {_precision(engine)} · average keep {keep:.3f} · image of {pixels}×{pixels}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("part", "visual tokens", "GFLOP before", "after", "KV before", "after"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
@@ -46,7 +46,7 @@ def build_table(engine: Engine) -> Table:
     for first, end in _runs(pruned.tower_tokens):
         before, after = sum(full.tower_block_flops[first:end]), sum(pruned.tower_block_flops[first:end])
         table.add_row(_span("tower", first, end), str(pruned.tower_tokens[first]), _giga(before), _giga(after), "", "")
-    per_token = 2 * shape.decoder.kv_heads * shape.decoder.head_dim * (2 if engine.precision == "fp16" else 4)
+    per_token = 2 * shape.decoder.kv_heads * shape.decoder.head_dim * engine.itemsize
     for first, end in _runs(pruned.decoder_tokens):
         before, after = sum(full.decoder_layer_flops[first:end]), sum(pruned.decoder_layer_flops[first:end])
         kv_before, kv_after = (sum(c.decoder_tokens[first:end]) * per_token for c in (full, pruned))
@@ -82,7 +82,7 @@ def run_lines(result: GenerationResult) -> Iterator[str]:
 
 def verify_table(engine: Engine, findings: Sequence[Finding], inputs: int, seconds: float) -> Table:
     """One row a comparison."""
-    title = f"{escape(str(engine.path))} · {engine.precision} · {inputs} inputs · {seconds:.0f} s"
+    title = f"{escape(str(engine.path))} · {_precision(engine)} · {inputs} inputs · {seconds:.0f} s"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "compared", "worst", "allowed", ""):
         table.add_column(heading, justify="right" if heading in ("worst", "allowed") else "left")
@@ -144,6 +144,10 @@ def bytes_text(count: int) -> str:
         size /= 1024
         units.pop(0)
     return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _precision(engine: Engine) -> str:
+    return engine.precision if engine.weights == "full" else f"{engine.precision}, {engine.weights} weights"
 
 
 def _runs(tokens: Sequence[int]) -> Iterator[tuple[int, int]]:

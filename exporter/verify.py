@@ -33,6 +33,7 @@ from .models.qwen2_vl import PROTECTED
 from .reference import TorchBackend
 from .schedule import unpruned_schedule
 from .tiny.scenes import KINDS, samples
+from .weights import quantize_model
 
 __all__ = ["Finding", "VerifyInput", "generated_inputs", "held_importance", "verify_engine"]
 
@@ -97,15 +98,15 @@ def verify_engine(
     """
     if engine.model_fingerprint != checkpoint.fingerprint:
         raise CheckpointError(f"{checkpoint.name} ({checkpoint.fingerprint}) is not the model of this engine ({engine.model_fingerprint})")
-    model = load_model(checkpoint, PRECISIONS[engine.precision])
+    model = _load(engine, checkpoint)
     with tempfile.TemporaryDirectory(prefix="vflow-verify-") as folder:
-        options = BuildOptions(engine.precision, engine.limits.max_visual_tokens, engine.limits.max_text_tokens)
+        options = BuildOptions(engine.precision, engine.limits.max_visual_tokens, engine.limits.max_text_tokens, weights=engine.weights)
         progress("build unpruned", 0.0)
         unpruned = build_engine(checkpoint, unpruned_schedule(), Path(folder) / "unpruned", options)
         findings = list(_against_hugging_face(Session(unpruned), model, inputs, progress))
     session, reference, eager = Session(engine), _in_pytorch(engine, model), None
     if engine.precision == "fp32" and checkpoint.size <= FLOAT64_LIMIT:
-        reference, eager = _in_pytorch(engine, load_model(checkpoint, torch.float32).double()), reference
+        reference, eager = _in_pytorch(engine, _load(engine, checkpoint).double()), reference
     findings += _compare("b", "the PyTorch reference", session, reference, inputs, progress, eager)
     findings += _decoding(session, inputs, progress)
     if engine.vision.cpu_file is not None:
@@ -113,6 +114,13 @@ def verify_engine(
         standard = Session(engine, backend=OnnxRuntimeBackend(engine, provider="cpu", standard=True))
         findings += _compare("d", "the PyTorch reference", standard, reference, inputs, progress, eager)
     return findings
+
+
+def _load(engine: Engine, checkpoint: Checkpoint) -> Any:
+    """The model with the weights that the engine computes with: what fewer bits cost in answers is for ``evaluate``."""
+    model = load_model(checkpoint, PRECISIONS[engine.precision])
+    quantize_model(model, engine.weights)
+    return model
 
 
 def _in_pytorch(engine: Engine, model: Any) -> Session:

@@ -188,7 +188,7 @@ def add_entropy(relevance: Tensor, entropy: Tensor, *, entropy_weight: float) ->
     """s = c + α · softmax(e) (paper, equation 4). Both float32 [P]."""
     if entropy_weight == 0:
         return relevance
-    return relevance + entropy_weight * torch.softmax(entropy, 0)
+    return relevance + entropy_weight * torch.softmax(entropy[None], 1)[0]  # two axes, which TensorRT asks for
 
 
 # The score g of the extra key is E[s] under the row's own attention, read off one more fused attention whose values are the keys. Z = E[s] +

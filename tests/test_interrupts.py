@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
+from vflow.engines import open_engine
 from vflow.exporter import build as build_module
 from vflow.exporter.cli import main
 
@@ -140,10 +143,10 @@ def test_an_interruption_that_python_drops_stops_the_build_at_its_next_step(
     assert left_behind(tmp_path / "out") == []
 
 
-def start_build(checkpoint: Path, output: Path) -> subprocess.Popen[str]:
+def start_build(checkpoint: Path, output: Path, *options: str) -> subprocess.Popen[str]:
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from vflow.exporter.cli import main; main()"
     command = [sys.executable, "-c", code, "build"]  # the handler: a suite that runs in the background ignores Ctrl-C
-    command += ["--model", str(checkpoint), "--output", str(output), *LIMITS]
+    command += ["--model", str(checkpoint), "--output", str(output), *LIMITS, *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -174,7 +177,47 @@ def test_processes_that_are_stopped_leave_no_engine(random_checkpoint: Path, tmp
         assert left_behind(tmp_path / name) == []
     assert outcomes["kill"][0] == -signal.SIGKILL
     assert not (tmp_path / "kill" / "engine").exists()
-    for partial in (tmp_path / "kill").iterdir():  # what nobody could clean up is not taken for an engine
+    assert_partials_are_refused(tmp_path / "kill")
+
+
+def assert_partials_are_refused(folder: Path) -> None:
+    """What nobody could clean up is not taken for an engine."""
+    for partial in folder.glob(".engine*"):
         result = CliRunner().invoke(main, ["run", str(partial), "--prompt", "what ?"])
         assert result.exit_code == 1
         assert "left over by a build that was stopped; delete it" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [(), ("--target", "tensorrt-rtx", "--precision", "fp16")], ids=["onnxruntime", "tensorrt-rtx"])
+def test_builds_killed_at_ten_random_moments_leave_no_engine(random_checkpoint: Path, tmp_path: Path, target: tuple[str, ...]) -> None:
+    """From its first phase on, so that no moment is spent on imports; after the rename the engine is whole, and the process may still say so."""
+    if target:
+        pytest.importorskip("tensorrt_rtx")
+    random = np.random.default_rng(11)
+
+    def build(name: str, share: float | None) -> float:
+        """Seconds from the first phase to the end, or to the kill at that share of ``whole``."""
+        process = start_build(random_checkpoint, tmp_path / name / "engine", *target)
+        assert process.stderr is not None and process.stderr.readline().startswith("open checkpoint")
+        began = time.monotonic()
+        drain = threading.Thread(target=process.stderr.read)
+        drain.start()
+        if share is not None:
+            time.sleep(share * whole)
+            process.kill()
+        process.wait()
+        drain.join()
+        assert process.returncode == (0 if share is None else -signal.SIGKILL)
+        return time.monotonic() - began
+
+    whole, unfinished = build("whole", None), 0
+    for number, share in enumerate(random.uniform(0, 0.9, 10)):
+        build(f"killed-{number}", share)
+        time.sleep(0.2)  # a process that builds an engine ends when it notices
+        assert_partials_are_refused(tmp_path / f"killed-{number}")
+        if (tmp_path / f"killed-{number}" / "engine").exists():
+            open_engine(tmp_path / f"killed-{number}" / "engine")
+        else:
+            unfinished += 1
+    assert unfinished >= 3

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import EngineError
 from ..manifest import Engine, Graph
 
-__all__ = ["MINIMUM_VERSION", "OnnxRuntimeBackend", "check_version"]
+__all__ = ["DISABLED_OPTIMIZERS", "MINIMUM_VERSION", "OnnxRuntimeBackend", "check_version", "session_options"]
 
 # Older runtimes align causal attention at the top left when the cache is longer than the query: they would answer, and wrongly
 # (onnxruntime pull request 28958).
@@ -26,6 +26,9 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Its blocked layout is for convolutions, which our graphs have none of; and in 1.32.0 it dies of a segmentation fault where
 # MatmulTransposeFusion has moved a Transpose behind a Cast (Transpose, Cast, MatMul by a constant).
 DISABLED_OPTIMIZERS = ["NchwcTransformer"]
+# Weights in fewer bits are fused with the products that they enter, which by default round the activations to 8 bits as well: logits of the small
+# model were 0.17 off. Level 1 multiplies in float32.
+MULTIPLY_EXACTLY = ("session.qdq_matmulnbits_accuracy_level", "1")
 LOG_SEVERITY = 3  # errors only: fp16 graphs load with warnings about constants that the CPU cannot fold, of no use to anybody
 CACHE_INPUT = "past_key_values.{layer}.{kind}"
 CACHE_OUTPUT = "present.{layer}.{kind}"
@@ -53,6 +56,8 @@ class OnnxRuntimeBackend:
     def __init__(self, engine: Engine, *, slots: int = 1, provider: str | None = None, threads: int | None = None, standard: bool = False) -> None:
         if slots < 1:
             raise EngineError(f"slots must be at least 1, got {slots}")
+        if engine.precision == "bf16":
+            raise EngineError(f"{engine.path} is bf16, for which ONNX Runtime has no kernels; run it with its target, or build it in fp16")
         runtime = _import_runtime()
         self.slots = slots
         self.provider = _choose_provider(provider, runtime.get_available_providers())
@@ -64,7 +69,7 @@ class OnnxRuntimeBackend:
         self._language_inputs = frozenset(engine.language.input_names)
         _check_inputs(engine.vision, VISION_INPUTS)
         _check_inputs(engine.language, LANGUAGE_INPUTS | _cache_names(CACHE_INPUT, engine.shape.decoder.layers))
-        options = _session_options(runtime, threads)
+        options = session_options(runtime, threads)
         self._vision = self._load(engine, engine.vision, options, provider)
         self._language = self._load(engine, engine.language, options, provider)
         self._caches = self._allocate_caches(engine)
@@ -248,9 +253,11 @@ def _choose_provider(provider: str | None, available: list[str]) -> str:
     return provider
 
 
-def _session_options(runtime: Any, threads: int | None) -> Any:
+def session_options(runtime: Any, threads: int | None = None) -> Any:
+    """Options with which graphs are loaded."""
     options = runtime.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
+    options.add_session_config_entry(*MULTIPLY_EXACTLY)
     if threads is not None:
         if threads < 1:
             raise EngineError(f"threads must be at least 1, got {threads}")

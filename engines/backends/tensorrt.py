@@ -25,7 +25,9 @@ from .cuda import Buffer, Device
 __all__ = ["TensorRTBackend"]
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-DTYPES: dict[str, Any] = {"float16": np.float16, "float": np.float32, "float32": np.float32, "int64": np.int64, "int32": np.int32}
+DTYPES: dict[str, Any] = {
+    "float16": np.float16, "bfloat16": np.uint16, "float": np.float32, "float32": np.float32, "int64": np.int64, "int32": np.int32,
+}  # fmt: skip
 PAST, PRESENT = "past_key_values.", "present."
 
 
@@ -156,7 +158,7 @@ class _Loaded:
         kept = []  # arrays must outlive the copies
         for tensor in self.built.inputs:
             if not tensor.name.startswith(PAST):
-                kept.append(np.ascontiguousarray(feed[tensor.name], DTYPES[tensor.dtype]))
+                kept.append(_to_device(feed[tensor.name], tensor.dtype))
                 self.buffers[tensor.name].write(kept[-1])
             self._set_shape(context, tensor, sizes)
         scratch = self.backend.scratch(context.update_device_memory_size_for_shapes())
@@ -164,7 +166,8 @@ class _Loaded:
         if not context.execute_async_v3(int(self.backend.device.stream)):
             raise EngineError(f"{self.path.name} failed ({self.backend.first_error()}); try a smaller request")
         shapes = {name: tuple(context.get_tensor_shape(name)) for name in wanted}
-        return {name: self.buffers[name].read(shape, DTYPES[self.tensors[name].dtype]) for name, shape in shapes.items()}
+        arrays = {name: self.buffers[name].read(shape, DTYPES[self.tensors[name].dtype]) for name, shape in shapes.items()}
+        return {name: _from_bfloat16(array) if self.tensors[name].dtype == "bfloat16" else array for name, array in arrays.items()}
 
     def _context(self, place: int) -> Any:
         """The context of a profile, made when it is first needed; its tensors' addresses never change."""
@@ -186,6 +189,18 @@ class _Loaded:
         names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
         if sorted(names) != sorted(self.tensors):
             raise EngineError(f"{self.path}: its inputs and outputs are not those of the manifest; build the engine again")
+
+
+def _to_device(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """As a tensor of this type lies in memory."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(array, DTYPES[dtype])
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to the nearest, halves to even
+
+
+def _from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _largest_sizes(engine: Engine, built: BuiltEngine) -> dict[str, int]:

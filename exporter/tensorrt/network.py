@@ -29,6 +29,7 @@ KNOWN_ATTRIBUTES = {
     "TensorScatter": {"axis", "mode"},
     "RotaryEmbedding": {"interleaved"},
     "RMSNormalization": {"axis", "epsilon", "stash_type"},
+    "DequantizeLinear": {"axis", "block_size"},
 }
 CACHE_AXIS = 2
 QUERY, KEY, MASK, LENGTHS = 0, 1, 3, 6  # places among the inputs of Attention
@@ -59,6 +60,7 @@ class Parsed:
             trt.LayerType.ATTENTION_INPUT: trt.IAttentionInputLayer,
             trt.LayerType.KV_CACHE_UPDATE: trt.IKVCacheUpdateLayer,
             trt.LayerType.ROTARY_EMBEDDING: trt.IRotaryEmbeddingLayer,
+            trt.LayerType.DEQUANTIZE: trt.IDequantizeLayer,
             trt.LayerType.CONSTANT: trt.IConstantLayer,
             trt.LayerType.ELEMENTWISE: trt.IElementWiseLayer,
         }
@@ -142,6 +144,7 @@ def check_network(parsed: Parsed, inputs: Sequence[TensorInfo], outputs: Sequenc
     _check_scale(parsed, producers)
     _check_caches(parsed, producers)
     _check_rotary(parsed)
+    _check_weights(parsed)
     _check_use(parsed, producers)
 
 
@@ -252,6 +255,25 @@ def _check_rotary(parsed: Parsed) -> None:
         interleaved = any(attribute.name == "interleaved" and attribute.i for attribute in node.attribute)
         if layers[name].interleaved != interleaved or layers[name].rotary_embedding_dim != 0:
             raise NetworkError(f"rotary embedding of {name}: the network's settings differ from the graph's")
+
+
+def _check_weights(parsed: Parsed) -> None:
+    """Every DequantizeLinear is a layer with scales of the same shape along the same axis; their shape is what says how large blocks are."""
+    nodes = parsed.nodes("DequantizeLinear")
+    layers = {_node_name(layer): layer for layer in parsed.of_type("DEQUANTIZE")}
+    if set(layers) != set(nodes):
+        raise NetworkError(f"the network restores {len(layers)} weights, the graph {len(nodes)}")
+    shapes = {tensor.name: list(tensor.dims) for tensor in parsed.model.graph.initializer}
+    for name, node in nodes.items():
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        codes, scales = layers[name].get_input(0), layers[name].get_input(1)
+        found, wanted = [_shape(codes), _shape(scales)], [shapes[node.input[0]], shapes[node.input[1]]]
+        if "block_size" in attributes:
+            wanted[1][attributes["axis"]] = -(-wanted[0][attributes["axis"]] // attributes["block_size"])
+        elif layers[name].axis != attributes["axis"]:
+            raise NetworkError(f"weight of {name}: its scales lie along axis {layers[name].axis}, the graph's along {attributes['axis']}")
+        if found != wanted:
+            raise NetworkError(f"weight of {name}: codes and scales are {found}, the graph's {wanted}")
 
 
 def _check_use(parsed: Parsed, producers: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from vflow.engines import Engine, kv_segments, open_engine, write_engine_directory
+from vflow.engines.directory import CHECKSUM, checksum
 from vflow.exporter.schedule import Schedule, Stage
 from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
 
@@ -256,12 +257,12 @@ def standin(make_standin: Callable[..., Path]) -> Engine:
 
 @pytest.fixture
 def edit_manifest() -> Callable[[Path, Callable[[dict[str, Any]], None]], None]:
-    """Change the manifest of an engine in place."""
+    """Change the manifest of an engine in place, as a builder that wrote that would have."""
 
     def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         path = folder / "manifest.json"
         values = json.loads(path.read_text())
         change(values)
-        path.write_text(json.dumps(values))
+        path.write_text(json.dumps({**values, CHECKSUM: checksum(values)}))
 
     return edit

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support import picture
 from tensorrt_standins import FakeCuda, FakeTensorRT
 from vflow.engines import EngineError, SamplingParams, Session
+from vflow.engines.backends import tensorrt as tensorrt_module
 from vflow.engines.backends.onnxruntime import OnnxRuntimeBackend
 from vflow.engines.backends.tensorrt import TensorRTBackend
 from vflow.engines.graphs import BuiltEngine, Graph, Profile, Target
@@ -197,3 +199,17 @@ def test_without_cuda_python_and_without_a_gpu_the_gpu_is_what_is_missing(engine
     monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(EngineError, match=r"^no NVIDIA GPU that CUDA can use; use ONNX Runtime$"):
         TensorRTBackend(engine, target="tensorrt-rtx")
+
+
+def test_bfloat16_is_converted_on_the_way_in_and_out() -> None:
+    """To the nearest and halves to even, as PyTorch does."""
+    values = np.concatenate([np.random.default_rng(1).normal(size=1000), [0.0, -0.0, 1.00390625, 1.01171875, 1e30, 1e-30, np.inf]]).astype(np.float32)
+    expected = torch.from_numpy(values).to(torch.bfloat16)
+    bits = tensorrt_module._to_device(values, "bfloat16")
+    np.testing.assert_array_equal(bits, expected.view(torch.uint16).numpy())
+    np.testing.assert_array_equal(tensorrt_module._from_bfloat16(bits), expected.float().numpy())
+
+
+def test_a_bf16_engine_is_not_for_onnx_runtime(engine: Engine) -> None:
+    with pytest.raises(EngineError, match=r"is bf16, for which ONNX Runtime has no kernels; run it with its target, or build it in fp16$"):
+        Session(dataclasses.replace(engine, precision="bf16"))

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 from vflow.engines import Engine, EngineError, open_engine, write_engine_directory
 from vflow.engines.graphs import Profile, TensorInfo
+from vflow.exporter.cli import main
 
 FILES = {name: {"file": f"rtx/{name}.engine", "log": f"rtx/{name}.log", "layers": f"rtx/{name}.json"} for name in ("vision", "language")}
 
@@ -41,7 +44,10 @@ def with_target(standin: Engine, tmp_path: Path) -> Callable[..., Path]:
         manifest["targets"] = {"tensorrt-rtx": entry}
         with write_engine_directory(tmp_path / "engine", manifest) as folder:
             shutil.copytree(standin.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-            (folder / "rtx").mkdir()
+            for name in ("rtx", "plugins"):
+                (folder / name).mkdir()
+            for name in ("plugins.json", "KeepTop.ptx", "KeepTop.cubin"):
+                (folder / "plugins" / name).write_text("{}")
             for files in FILES.values():
                 for file in files.values():
                     (folder / file).write_text("//")
@@ -98,3 +104,23 @@ def test_targets_that_cannot_be_right_are_refused(with_target: Callable[..., Pat
         with_target(change)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_a_flipped_byte_in_any_file_is_refused_by_name(with_target: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, bit: int) -> None:
+    """Graphs, schedule, tokenizer, kernels, engines, logs and the manifest itself; through ``run``, as users would meet it."""
+    monkeypatch.setattr("vflow.exporter.cli.stop_on_signals", lambda: None)
+    folder = with_target()
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert {"manifest.json", "schedule.json", "plugins/KeepTop.cubin", "rtx/language.engine", "rtx/vision.log"} <= set(files)
+    random = np.random.default_rng(bit)
+    for name in files:
+        whole = (folder / name).read_bytes()
+        damaged = bytearray(whole)
+        damaged[random.integers(len(damaged))] ^= 1 << bit
+        (folder / name).write_bytes(damaged)
+        result = CliRunner().invoke(main, ["run", str(folder), "--prompt", "what ?"])
+        (folder / name).write_bytes(whole)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"Error: {folder / name}: ") and result.stderr.count("\n") == 1
+    assert CliRunner().invoke(main, ["run", str(folder), "--prompt", "what ?", "--max-new-tokens", "1"]).exit_code == 0

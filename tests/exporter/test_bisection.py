@@ -191,6 +191,7 @@ def test_the_command_names_the_node(engine: Engine, tmp_path: Path, monkeypatch:
             attention_at(0)(model)
         return onnxruntime_probe(model, folder, optimized=optimized)
 
+    monkeypatch.setattr("vflow.exporter.cli.stop_on_signals", lambda: None)
     monkeypatch.setattr(verify_target_module, "onnxruntime_probe", probe)
     monkeypatch.setattr("vflow.exporter.verify.verify_engine", lambda *_, **__: [verify_target_module.Finding("b", "logits", 1.0, 0.1, False)])
     command = ["verify", str(engine.path), "--samples", "1", "--bisect"]

@@ -13,7 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 from vflow.engines.graphs import GRAPHS, Graph, TensorInfo
 from vflow.engines.manifest import Engine
-from vflow.exporter.schedule import Schedule, Stage
+from vflow.exporter.schedule import Importance, Schedule, Stage
 from vflow.exporter.tensorrt.engine import build_serialized, check_log
 from vflow.exporter.tensorrt.graph import engine_interface, graph_for_target
 from vflow.exporter.tensorrt.library import load_library
@@ -30,7 +30,8 @@ from vflow.exporter.tensorrt.profiles import language_profiles
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
 
-SCHEDULE = Schedule((Stage("tower", 2, 700), Stage("decoder", 0, 500, 2.0), Stage("decoder", 2, 250)), guidance_weight=0.5)
+STAGES = (Stage("tower", 2, 700), Stage("decoder", 0, 500, 2.0), Stage("decoder", 2, 250))
+SCHEDULE = Schedule(STAGES, Importance(entropy_weight=0.5), guidance_weight=0.5)
 LENGTHS = 6  # place of nonpad_kv_seqlen among the inputs of Attention
 Change = Callable[[onnx.ModelProto], Any]
 Parse = Callable[..., Parsed]
