@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from .cli_quality import evaluate, tune
+from .cli_triton import triton_repository
 from .console import one_line_errors, progress_bar, stop_on_signals
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS, DEFAULT_PRESET, PRESET_NAMES, preset_schedule, tuned_schedule
 
@@ -31,6 +32,7 @@ def main() -> None:
 
 main.add_command(evaluate)
 main.add_command(tune)
+main.add_command(triton_repository)
 
 
 @main.command()
