@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from ..engines.batcher import DEFAULT_QUEUE_LIMIT, DEFAULT_SLOTS
+from ..engines.batcher import DEFAULT_SLOTS
+from ..engines.triton_server.settings import DEFAULT_QUEUE_LIMIT
 from .console import one_line_errors
 
 __all__ = ["triton_repository"]

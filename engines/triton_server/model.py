@@ -7,8 +7,9 @@ the server, and neither the batcher nor Triton's own thread must.
 
 from __future__ import annotations
 
+import faulthandler
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Condition, Event, Lock, Semaphore, Thread
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..batcher import Batcher
 from ..directory import open_engine
 from ..errors import EngineError, QueueFull, RequestCancelled, RequestTimeout, ShuttingDown
 from ..results import GenerationResult
+from ..ticket import Ticket
 from .inputs import read_inputs
 from .interface import OUTPUTS
 from .settings import Settings
@@ -25,14 +27,10 @@ from .settings import Settings
 __all__ = ["TritonPythonModel"]
 
 WATCH_SECONDS = 0.1  # how soon a client that has gone is noticed, and how old a gauge may be
+STUCK_SECONDS = 30  # without a turn for the watcher, which nothing here takes a tenth of; see _watch
 READERS = 2  # requests whose images are unpacked at a time: a picture may take 0.25 GiB while it is
 DTYPES = {"STRING": np.object_, "INT64": np.int64, "FP64": np.float64}
-GAUGES = {
-    "queued": "Requests that wait for a slot",
-    "active": "Requests that have a slot",
-    "slots": "Requests that can be answered at a time",
-    "kv_bytes": "Bytes of the KV caches",
-}
+GAUGES = {"queued": "Requests that wait for a slot", "active": "Requests that have a slot", "slots": "Requests that are answered at a time"}
 
 
 class TritonPythonModel:
@@ -69,13 +67,16 @@ class TritonPythonModel:
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self._families = {name: triton.MetricFamily(f"vflow_{name}", text, triton.MetricFamily.GAUGE) for name, text in GAUGES.items()}
         self._gauges = {name: family.Metric(labels=labels) for name, family in self._families.items()}
+        self._shown: dict[str, int] = {}
+        self._showing = Lock()
+        self._show()
         self._watcher = Thread(target=self._watch, name="vflow watcher", daemon=True)
         self._watcher.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests; each is answered through its response sender, in whatever order they end."""
         for request in requests:
-            exchange = _Exchange(self._triton, request.get_response_sender())
+            exchange = _Exchange(self._triton, request.get_response_sender(), self._show)
             with self._changed:
                 full = len(self._live) >= self._batcher.slots + self._batcher.queue_limit
                 if not full:
@@ -127,25 +128,41 @@ class TritonPythonModel:
                 self._changed.notify_all()
 
     def _watch(self) -> None:
-        """Cancel what no client waits for any more, and keep the gauges."""
+        """Cancel what no client waits for any more, and keep the gauges.
+
+        Triton's calls hold Python's lock while they wait for the server. Where that was killed they wait for ever, and this process would outlive it
+        with the engine's memory; faulthandler's own thread ends it, since no thread of Python's can.
+        """
         while not self._stopped.wait(WATCH_SECONDS):
+            faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True, file=2)
             with self._changed:
                 live = list(self._live)
             for exchange in live:
-                exchange.cancel_if_unwanted()
+                exchange.look_after()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _show(self) -> None:
+        """Set the gauges that have changed. Only while a request is open: a server that unloads the model does not answer."""
+        with self._showing:
             stats = self._batcher.stats()
             for name, gauge in self._gauges.items():
-                gauge.set(getattr(stats, name))
+                value = getattr(stats, name)
+                if self._shown.get(name) != value:
+                    gauge.set(value)
+                    self._shown[name] = value
 
 
 class _Exchange:
-    """A request's way back to its client. After the last response, nothing more goes through it."""
+    """A request's way back to its client. After the last response nothing goes through it any more, and nobody must ask it anything.
 
-    def __init__(self, triton: Any, sender: Any) -> None:
-        self.ticket: Any = None  # once there is one
-        self._triton, self._sender = triton, sender
-        self._lock = Lock()  # the server's side of the sender is gone after the last response; nobody must ask it then
-        self._ended = False
+    ``show`` brings the gauges up to date, and is called only while the request is open.
+    """
+
+    def __init__(self, triton: Any, sender: Any, show: Callable[[], None]) -> None:
+        self.ticket: Ticket | None = None  # once there is one
+        self._triton, self._sender, self._show = triton, sender, show
+        self._lock = Lock()  # guards _open
+        self._open = True
 
     def send(self, outputs: Mapping[str, Any]) -> None:
         """A response that is not the last one."""
@@ -167,15 +184,18 @@ class _Exchange:
         message = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
         self._end(self._triton.InferenceResponse(error=codes(message, code)))
 
-    def cancel_if_unwanted(self) -> None:
-        """Cancel the ticket where the client has gone."""
+    def look_after(self) -> None:
+        """Bring the gauges up to date, and cancel the ticket where the client has gone."""
         with self._lock:
-            if self.ticket is not None and not self._ended and self._sender.is_cancelled():
-                self.ticket.cancel()
+            if self._open:
+                self._show()
+                if self.ticket is not None and self._sender.is_cancelled():
+                    self.ticket.cancel()
 
     def _end(self, response: Any) -> None:
         with self._lock:
-            self._ended = True
+            self._show()
+            self._open = False
             self._sender.send(response, flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _response(self, outputs: Mapping[str, Any]) -> Any:

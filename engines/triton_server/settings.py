@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..batcher import DEFAULT_QUEUE_LIMIT
 from ..errors import EngineError
 from .interface import PARAMETERS
 
-__all__ = ["DEFAULT_DRAIN", "Settings"]
+__all__ = ["DEFAULT_DRAIN", "DEFAULT_QUEUE_LIMIT", "Settings"]
 
+DEFAULT_QUEUE_LIMIT = 32  # more than a batcher alone: autoscaling acts on the queue's depth, so there must be one
 DEFAULT_DRAIN = 20.0  # seconds; Triton itself waits for answers before it unloads a model (--exit-timeout-secs, 30), so few are left by then
 
 
