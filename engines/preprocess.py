@@ -32,6 +32,7 @@ __all__ = [
 
 ENTROPY_BINS = 256
 MAX_ASPECT_RATIO = 200  # Hugging Face refuses longer strips as well
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of bytes that anybody may have sent; some of Pillow's other readers start programs
 MAX_INPUT_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs (0.25 GiB of RGB)
 
 
@@ -85,7 +86,9 @@ class ImagePatches:
 
 
 def load_image(source: str | Path | bytes | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Read an image as RGB ``uint8 [height, width, 3]``, turned upright by its EXIF orientation; ``bytes`` are the contents of a file.
+    """Read an image as RGB ``uint8 [height, width, 3]``, turned upright by its EXIF orientation.
+
+    ``bytes`` are the contents of a file of one of ``WEB_FORMATS``.
 
     Raises:
         ImageError: not there, not an image, truncated, or more than ``MAX_INPUT_PIXELS`` pixels.
@@ -98,7 +101,7 @@ def load_image(source: str | Path | bytes | Image.Image | NDArray[np.uint8]) -> 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = source if isinstance(source, Image.Image) else _open(source)
             if image.width * image.height > MAX_INPUT_PIXELS:
                 raise ImageError(_too_large(name))
             upright = ImageOps.exif_transpose(image)
@@ -115,6 +118,10 @@ def load_image(source: str | Path | bytes | Image.Image | NDArray[np.uint8]) -> 
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{name}: damaged image ({error})") from None
+
+
+def _open(source: str | Path | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(source), formats=WEB_FORMATS) if isinstance(source, bytes) else Image.open(source)
 
 
 def _too_large(name: str) -> str:

@@ -30,7 +30,11 @@ WATCH_SECONDS = 0.1  # how soon a client that has gone is noticed, and how old a
 STUCK_SECONDS = 30  # without a turn for the watcher, which nothing here takes a tenth of; see _watch
 READERS = 2  # requests whose images are unpacked at a time: a picture may take 0.25 GiB while it is
 DTYPES = {"STRING": np.object_, "INT64": np.int64, "FP64": np.float64}
-GAUGES = {"queued": "Requests that wait for a slot", "active": "Requests that have a slot", "slots": "Requests that are answered at a time"}
+GAUGES = {  # field of BatcherStats: name and meaning of the metric, as `serve` has them
+    "queued": ("vflow_requests_queued", "Requests that wait for a slot."),
+    "active": ("vflow_requests_active", "Requests in a slot."),
+    "slots": ("vflow_slots", "Requests that are answered at a time."),
+}
 
 
 class TritonPythonModel:
@@ -65,8 +69,8 @@ class TritonPythonModel:
         self._live: set[_Exchange] = set()
         self._stopped = Event()
         labels = {"model": args["model_name"], "version": args["model_version"]}
-        self._families = {name: triton.MetricFamily(f"vflow_{name}", text, triton.MetricFamily.GAUGE) for name, text in GAUGES.items()}
-        self._gauges = {name: family.Metric(labels=labels) for name, family in self._families.items()}
+        self._families = {field: triton.MetricFamily(*metric, triton.MetricFamily.GAUGE) for field, metric in GAUGES.items()}
+        self._gauges = {field: family.Metric(labels=labels) for field, family in self._families.items()}
         self._shown: dict[str, int] = {}
         self._showing = Lock()
         self._show()
@@ -78,7 +82,7 @@ class TritonPythonModel:
         for request in requests:
             exchange = _Exchange(self._triton, request.get_response_sender(), self._show)
             with self._changed:
-                full = len(self._live) >= self._batcher.slots + self._batcher.queue_limit
+                full = sum(one.open for one in self._live) >= self._batcher.slots + self._batcher.queue_limit
                 if not full:
                     self._live.add(exchange)
             if full:
@@ -145,11 +149,11 @@ class TritonPythonModel:
         """Set the gauges that have changed. Only while a request is open: a server that unloads the model does not answer."""
         with self._showing:
             stats = self._batcher.stats()
-            for name, gauge in self._gauges.items():
-                value = getattr(stats, name)
-                if self._shown.get(name) != value:
+            for field, gauge in self._gauges.items():
+                value = getattr(stats, field)
+                if self._shown.get(field) != value:
                     gauge.set(value)
-                    self._shown[name] = value
+                    self._shown[field] = value
 
 
 class _Exchange:
@@ -161,8 +165,8 @@ class _Exchange:
     def __init__(self, triton: Any, sender: Any, show: Callable[[], None]) -> None:
         self.ticket: Ticket | None = None  # once there is one
         self._triton, self._sender, self._show = triton, sender, show
-        self._lock = Lock()  # guards _open
-        self._open = True
+        self._lock = Lock()  # guards open
+        self.open = True
 
     def send(self, outputs: Mapping[str, Any]) -> None:
         """A response that is not the last one."""
@@ -187,7 +191,7 @@ class _Exchange:
     def look_after(self) -> None:
         """Bring the gauges up to date, and cancel the ticket where the client has gone."""
         with self._lock:
-            if self._open:
+            if self.open:
                 self._show()
                 if self.ticket is not None and self._sender.is_cancelled():
                     self.ticket.cancel()
@@ -195,7 +199,7 @@ class _Exchange:
     def _end(self, response: Any) -> None:
         with self._lock:
             self._show()
-            self._open = False
+            self.open = False
             self._sender.send(response, flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _response(self, outputs: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import os
 import signal
 import threading
 import time
@@ -28,6 +29,7 @@ from tritonclient.utils import InferenceServerException
 from vflow.engines import Engine, SamplingParams, Session, open_engine
 from vflow.engines.triton_server.interface import INPUTS, OUTPUTS
 from vflow.engines.triton_server.model import STUCK_SECONDS
+from vflow.engines.triton_server.probe import why_dead
 from vflow.engines.triton_server.settings import Settings
 from vflow.exporter.triton_repository import REPOSITORY_FOLDER, repository_name, write_model
 
@@ -140,7 +142,7 @@ def test_thirty_two_clients_at_once_get_the_answers_given_alone(server: TritonPr
         answers = list(clients.map(client, requests))
     for answer, request in zip(answers, requests, strict=True):
         assert_same(answer, alone(session, *request))
-    server.wait_for_gauge("active", model, 0)
+    server.wait_for_gauge("requests_active", model, 0)
 
 
 def test_answers_stream_piece_by_piece(server: TritonProcess, model: str, session: Session) -> None:
@@ -315,8 +317,8 @@ def test_raw_tensors_that_contradict_themselves_are_refused(
 
 
 def test_after_all_that_nothing_is_lost_and_answers_are_right(server: TritonProcess, model: str, session: Session) -> None:
-    server.wait_for_gauge("active", model, 0)
-    assert server.gauge("queued", model) == 0
+    server.wait_for_gauge("requests_active", model, 0)
+    assert server.gauge("requests_queued", model) == 0
     for request in some_requests(6):
         prompt, images, options = request
         inputs = {"images": [png(image) for image in images]} if images else {}
@@ -329,8 +331,8 @@ def test_after_all_that_nothing_is_lost_and_answers_are_right(server: TritonProc
 def test_a_client_that_goes_frees_its_slot(server: TritonProcess) -> None:
     with server.stream("slow", tensors(prompt=ENDLESS, max_new_tokens=SLOW_TOKENS - 100)) as responses:
         next(responses)
-        server.wait_for_gauge("active", "slow", 1)
-    server.wait_for_gauge("active", "slow", 0)
+        server.wait_for_gauge("requests_active", "slow", 1)
+    server.wait_for_gauge("requests_active", "slow", 0)
     assert server.ask("slow", tensors(prompt="hello", max_new_tokens=2)).error is None
 
 
@@ -339,9 +341,9 @@ def test_an_http_client_that_goes_frees_its_slot(server: TritonProcess) -> None:
     body = json.dumps({"prompt": ENDLESS, "max_new_tokens": SLOW_TOKENS - 100})
     connection.request("POST", "/v2/models/slow/generate_stream", body)
     connection.getresponse().read(10)
-    server.wait_for_gauge("active", "slow", 1)
+    server.wait_for_gauge("requests_active", "slow", 1)
     connection.close()
-    server.wait_for_gauge("active", "slow", 0)
+    server.wait_for_gauge("requests_active", "slow", 0)
 
 
 def test_a_client_that_goes_while_it_waits_leaves_the_queue(server: TritonProcess) -> None:
@@ -349,18 +351,34 @@ def test_a_client_that_goes_while_it_waits_leaves_the_queue(server: TritonProces
     with server.stream("slow", long) as responses:
         next(responses)
         with server.stream("slow", long):
-            server.wait_for_gauge("queued", "slow", 1)
+            server.wait_for_gauge("requests_queued", "slow", 1)
             full = server.ask("slow", tensors(prompt="hello"))
             assert full.error == "1 requests are waiting already; try again later"
-        server.wait_for_gauge("queued", "slow", 0)
+        server.wait_for_gauge("requests_queued", "slow", 0)
         next(responses)
-    server.wait_for_gauge("active", "slow", 0)
+    server.wait_for_gauge("requests_active", "slow", 0)
 
 
 def test_a_request_whose_time_is_over_says_so(server: TritonProcess) -> None:
     answer = server.ask("slow", tensors(prompt=ENDLESS, max_new_tokens=SLOW_TOKENS - 100, timeout=0.3))
     assert answer.error is not None and "not answered within 0.3 s" in answer.error and answer.pieces
-    server.wait_for_gauge("active", "slow", 0)
+    server.wait_for_gauge("requests_active", "slow", 0)
+
+
+def test_the_probe_sees_the_model_itself(slow_engine: Engine, tmp_path: Path) -> None:
+    with TritonProcess([slow_engine.path / REPOSITORY_FOLDER], tmp_path) as server:
+        url, (child,) = f"http://127.0.0.1:{server.http_port}", server.children()
+        long = tensors(prompt=ENDLESS, max_new_tokens=SLOW_TOKENS - 100)
+        assert why_dead(url, "slow") is None
+        assert "unknown model" in str(why_dead(url, "fast"))
+        with server.stream("slow", long) as responses, server.stream("slow", long):
+            next(responses)
+            server.wait_for_gauge("requests_queued", "slow", 1)
+            assert why_dead(url, "slow") is None, "busy is not dead"
+        os.kill(child, signal.SIGKILL)
+        assert "not healthy" in str(why_dead(url, "slow"))
+        assert server.ready, "what Triton itself says of a model whose process has died; if this fails, the probe is not needed any more"
+    assert "refused" in str(why_dead(url, "slow"))
 
 
 def test_told_to_stop_it_ends_its_answers_first(slow_engine: Engine, tmp_path: Path) -> None:
@@ -392,7 +410,7 @@ def test_the_model_does_not_outlive_a_killed_server(slow_engine: Engine, tmp_pat
     with TritonProcess([slow_engine.path / REPOSITORY_FOLDER], tmp_path) as server:
         with server.stream("slow", tensors(prompt=ENDLESS, max_new_tokens=SLOW_TOKENS - 100)) as responses:
             next(responses)
-            children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+            children = server.children()
             server.process.kill()
         assert children
         server.process.wait(PATIENCE)

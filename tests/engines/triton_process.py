@@ -113,6 +113,10 @@ class TritonProcess:
         except OSError:
             return False
 
+    def children(self) -> list[int]:
+        """The processes of its models."""
+        return [int(child) for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+
     def get(self, port: int, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, str]:
         """Status and text of an HTTP call; a POST where there is a body."""
         call = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=body, headers=headers or {})
