@@ -126,7 +126,7 @@ def test_bytes_are_the_contents_of_a_file_of_the_webs_formats(tmp_path: Path) ->
     np.testing.assert_array_equal(load_image((tmp_path / "a.png").read_bytes()), load_image(tmp_path / "a.png"))
     for name in ("a.eps", "a.tiff"):  # Pillow gives the one to Ghostscript
         picture(30, 20).save(tmp_path / name)
-        with pytest.raises(ImageError, match="^image: not an image"):
+        with pytest.raises(ImageError, match=r"^image: not an image"):
             load_image((tmp_path / name).read_bytes())
 
 

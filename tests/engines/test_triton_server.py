@@ -371,10 +371,11 @@ def test_the_probe_sees_the_model_itself(slow_engine: Engine, tmp_path: Path) ->
         long = tensors(prompt=ENDLESS, max_new_tokens=SLOW_TOKENS - 100)
         assert why_dead(url, "slow") is None
         assert "unknown model" in str(why_dead(url, "fast"))
-        with server.stream("slow", long) as responses, server.stream("slow", long):
+        with server.stream("slow", long) as responses:
             next(responses)
-            server.wait_for_gauge("requests_queued", "slow", 1)
-            assert why_dead(url, "slow") is None, "busy is not dead"
+            with server.stream("slow", long):
+                server.wait_for_gauge("requests_queued", "slow", 1)
+                assert why_dead(url, "slow") is None, "busy is not dead"
         os.kill(child, signal.SIGKILL)
         assert "not healthy" in str(why_dead(url, "slow"))
         assert server.ready, "what Triton itself says of a model whose process has died; if this fails, the probe is not needed any more"
