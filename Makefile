@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SERVER := $(VENV)/triton-server
+SERVER_READY := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(SERVER)/.ready)
 SOURCES := $(wildcard exporter/*.py exporter/*/*.py exporter/tiny/checkpoint/* exporter/tuned/* plugins/*.py engines/*.py engines/*/*.py)
 
 .PHONY: demo test test-slow lint clean
@@ -10,10 +12,10 @@ SOURCES := $(wildcard exporter/*.py exporter/*/*.py exporter/tiny/checkpoint/* e
 demo: out/tiny-keep-10/manifest.json out/tiny-unpruned/manifest.json
 	@$(BIN)/python tools/demo.py out/tiny-unpruned out/tiny-keep-10
 
-test: lint
+test: lint $(SERVER_READY)
 	$(BIN)/python -m pytest -q
 
-test-slow: $(READY)
+test-slow: $(READY) $(SERVER_READY)
 	$(BIN)/python -m pytest -q -m slow
 
 # mypy checks the package as it is installed: rooms are mapped to vflow.* only there.
@@ -35,6 +37,13 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Triton Inference Server from a wheel, which only the tests use. An environment of its own: its Python backend was built before NumPy 2.
+$(SERVER)/.ready: pyproject.toml constraints.txt | $(READY)
+	test -x $(SERVER)/bin/python || $(PYTHON) -m venv $(SERVER)
+	sed 's/^numpy==.*/numpy<2/' constraints.txt > $(SERVER)/constraints.txt
+	$(SERVER)/bin/python -m pip install --quiet --constraint $(SERVER)/constraints.txt --editable '.[triton-server]'
 	@touch $@
 
 clean:

@@ -163,7 +163,7 @@ def _check_replaceable(target: Path, force: bool) -> None:
         ) from None
     own = {MANIFEST_FILE, *engine.files}
     own |= {parent.as_posix() for name in engine.files for parent in Path(name).parents}
-    foreign = sorted(names - own)
+    foreign = sorted(name for name in names - own if "__pycache__" not in Path(name).parts)  # Python's, beside the Triton server model
     if foreign:
         raise EngineError(f"{target}: holds {foreign[0]}, which is not of the engine, so --force does not replace it; move it away first")
 

@@ -6,6 +6,7 @@ Sizes are pixels, images are ``uint8 [height, width, 3]``, patches are in the or
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ __all__ = [
 
 ENTROPY_BINS = 256
 MAX_ASPECT_RATIO = 200  # Hugging Face refuses longer strips as well
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of bytes that anybody may have sent; some of Pillow's other readers start programs
 MAX_INPUT_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs (0.25 GiB of RGB)
 
 
@@ -83,8 +85,10 @@ class ImagePatches:
     grid_thw: tuple[int, int, int]
 
 
-def load_image(source: str | Path | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+def load_image(source: str | Path | bytes | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Read an image as RGB ``uint8 [height, width, 3]``, turned upright by its EXIF orientation.
+
+    ``bytes`` are the contents of a file of one of ``WEB_FORMATS``.
 
     Raises:
         ImageError: not there, not an image, truncated, or more than ``MAX_INPUT_PIXELS`` pixels.
@@ -93,11 +97,11 @@ def load_image(source: str | Path | Image.Image | NDArray[np.uint8]) -> NDArray[
         if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
             raise ImageError(f"image array must be uint8 [height, width, 3], got {source.dtype} {list(source.shape)}")
         return source
-    name = "image" if isinstance(source, Image.Image) else str(source)
+    name = "image" if isinstance(source, (Image.Image, bytes)) else str(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image = source if isinstance(source, Image.Image) else _open(source)
             if image.width * image.height > MAX_INPUT_PIXELS:
                 raise ImageError(_too_large(name))
             upright = ImageOps.exif_transpose(image)
@@ -114,6 +118,10 @@ def load_image(source: str | Path | Image.Image | NDArray[np.uint8]) -> NDArray[
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{name}: damaged image ({error})") from None
+
+
+def _open(source: str | Path | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(source), formats=WEB_FORMATS) if isinstance(source, bytes) else Image.open(source)
 
 
 def _too_large(name: str) -> str:

@@ -38,7 +38,7 @@ __all__ = [
 
 DEFAULT_MAX_NEW_TOKENS = 256  # where the request does not say; fewer if the engine has no room
 
-ImageSource = str | Path | Image.Image | NDArray[np.uint8]
+ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

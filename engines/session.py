@@ -96,7 +96,7 @@ class Session:
 
         Args:
             prompt: messages, or the text of one user message.
-            images: files, Pillow images or uint8 [height, width, 3] arrays, in the order of their placeholders.
+            images: files, their contents as bytes, Pillow images or uint8 [height, width, 3] arrays, in the order of their placeholders.
             max_new_tokens: refused if the engine has no room for them; None takes ``DEFAULT_MAX_NEW_TOKENS`` or what fits.
             sampling: None is greedy.
             stop: texts before the first of which the answer ends.

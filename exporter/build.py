@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..engines.errors import EngineError
 from ..engines.graphs import parse_graph
 from ..engines.manifest import MANIFEST_FORMAT, Engine, Limits
 from ..engines.preprocess import ImageProcessorConfig
+from ..engines.triton_server.settings import Settings
 from ..plugins.compile import check_target, compile_plugins
 from .checkpoint import Checkpoint, CheckpointError
 from .model import check_weights, pruned_graphs, shapes_only
@@ -30,6 +31,7 @@ from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS
 from .schedule import Schedule
 from .tensorrt.targets import build_target, check_targets
 from .trace import trace_language, trace_vision
+from .triton_repository import ENGINE_FROM_MODEL, REPOSITORY_FOLDER, repository_name, write_model
 
 __all__ = [
     "PRECISIONS",
@@ -81,6 +83,7 @@ def build_engine(
     manifest: dict[str, Any] = {}
     with write_engine_directory(output, manifest, force=options.force) as folder:
         tokens = copy_text_files(checkpoint, folder)
+        write_model(folder / REPOSITORY_FOLDER, repository_name(checkpoint.name), Settings(ENGINE_FROM_MODEL))
         progress("trace vision", 0.0)
         with shapes_only(checkpoint, dtype) as model:
             check_weights(checkpoint, model)

@@ -15,6 +15,7 @@ from ..engines.manifest import PRECISIONS, WEIGHTS
 from .cli_bench import bench
 from .cli_quality import evaluate, tune
 from .cli_serve import serve
+from .cli_triton import triton_repository
 from .console import one_line_errors, progress_bar, stop_on_signals
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS, DEFAULT_PRESET, PRESET_NAMES, preset_schedule, tuned_schedule
 
@@ -37,6 +38,7 @@ main.add_command(bench)
 main.add_command(evaluate)
 main.add_command(serve)
 main.add_command(tune)
+main.add_command(triton_repository)
 
 
 @main.command()

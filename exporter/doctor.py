@@ -34,12 +34,12 @@ def _conditions() -> Iterator[Condition]:
     machine = f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {memory:.0f} GiB memory"
     yield Condition("machine", True, machine)
     yield from _onnxruntime()
-    yield _package("build", ("torch", "transformers", "onnx", "onnxscript"), "pip install 'vflow-export[build]'")
+    yield _package("build", ("torch", "transformers", "onnx", "onnxscript", "tritonclient"), "pip install 'vflow-export[build]'")
     yield _package("TensorRT for RTX", ("tensorrt_rtx",), "pip install 'vflow-export[tensorrt-rtx]'")
     yield _package("TensorRT", ("tensorrt",), "pip install 'vflow-export[tensorrt]' (needs an NVIDIA GPU to build)")
     yield _package("TensorRT-LLM", ("tensorrt_llm",), "pip install 'vflow-export[tensorrt-llm]' (needs an NVIDIA GPU)")
     yield _package("kernels (Triton language)", ("triton",), "pip install 'vflow-export[kernels]'")
-    yield _package("Triton server", ("tritonclient", "pytriton"), "pip install 'vflow-export[triton-server]'")
+    yield _package("Triton server", ("pytriton",), "pip install 'vflow-export[triton-server]' on its own, or Triton's container")
 
 
 def _onnxruntime() -> Iterator[Condition]:

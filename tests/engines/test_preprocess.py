@@ -121,6 +121,15 @@ def test_what_is_not_an_image_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value) and isinstance(caught.value, EngineError)
 
 
+def test_bytes_are_the_contents_of_a_file_of_the_webs_formats(tmp_path: Path) -> None:
+    picture(30, 20).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(load_image((tmp_path / "a.png").read_bytes()), load_image(tmp_path / "a.png"))
+    for name in ("a.eps", "a.tiff"):  # Pillow gives the one to Ghostscript
+        picture(30, 20).save(tmp_path / name)
+        with pytest.raises(ImageError, match=r"^image: not an image"):
+            load_image((tmp_path / name).read_bytes())
+
+
 def test_arrays_of_another_shape_and_strips_are_refused() -> None:
     with pytest.raises(ImageError, match=r"uint8 \[height, width, 3\]"):
         load_image(np.zeros((4, 4), np.uint8))
