@@ -1,6 +1,6 @@
 """Tune the schedules that ship for a model: at the keeps of the paper's tables, without and with stages inside the tower.
 
-Each search also tries what the one before it, at the next larger keep, has found.
+From the smallest keep up: each search also tries the point that the one before it has found, which with more to spend is seldom worse.
 
 python tools/tune_presets.py --model tiny --output exporter/tuned
 """
@@ -46,7 +46,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for tower in (False, True) if args.tower is None else (args.tower,):
         found: list[Mapping[str, float | str]] = []
-        for keep in args.keeps:
+        for keep in sorted(args.keeps):
             began = time.monotonic()
             budget = Budget(keep, prefill_flops=TOWER_FLOPS[keep] if tower else None, rows=grid, columns=grid, text_tokens=TEXT_TOKENS)
             space = SearchSpace.for_model(shape, budget, tower=tower, guidance=True)
