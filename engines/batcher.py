@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from threading import Condition, Thread
+from threading import TIMEOUT_MAX, Condition, Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -217,7 +217,7 @@ class Batcher:
         """Take no more requests, give those that were taken ``drain`` seconds to end, cancel the rest, and stop the workers."""
         with self._changed:
             self._closing = True
-            self._changed.wait_for(lambda: not self._jobs, timeout=drain)
+            self._changed.wait_for(lambda: not self._jobs, timeout=min(drain, TIMEOUT_MAX))
             for job in self._jobs:
                 job.stop = job.stop or ShuttingDown("shut down before the answer had ended; ask again")
             self._changed.notify_all()
@@ -274,7 +274,7 @@ class Batcher:
                     job.slot = heapq.heappop(self._free)
                     return job
                 deadlines = [job.deadline for job in self._waiting if job.deadline is not None]
-                self._changed.wait(max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None)
+                self._changed.wait(min(max(0.0, min(deadlines) - time.perf_counter()), TIMEOUT_MAX) if deadlines else None)
             return None
 
     def _run_language(self) -> None:

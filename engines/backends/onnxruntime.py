@@ -70,6 +70,8 @@ class OnnxRuntimeBackend:
         _check_inputs(engine.vision, VISION_INPUTS)
         _check_inputs(engine.language, LANGUAGE_INPUTS | _cache_names(CACHE_INPUT, engine.shape.decoder.layers))
         options = session_options(runtime, threads)
+        if slots > 1:  # the two graphs then run side by side, and a graph's idle threads would spin on the cores that the other one needs
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._vision = self._load(engine, engine.vision, options, provider)
         self._language = self._load(engine, engine.language, options, provider)
         self._caches = self._allocate_caches(engine)

@@ -246,6 +246,7 @@ def test_a_client_that_does_not_wait_for_a_whole_answer_frees_its_slot(batcher: 
     before = server_errors(address)
     with pytest.raises(openai.APITimeoutError):
         ask(client(address, timeout=0.3), user("hello"), max_tokens=100)
+    wait_until(lambda: batcher._jobs)
     [job] = batcher._jobs
     wait_until(lambda: job.stop is not None)
     let_go()

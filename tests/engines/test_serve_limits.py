@@ -111,6 +111,7 @@ def test_images_are_counted_before_they_are_looked_at(batcher: Batcher) -> None:
         assert refused(address, *["data:image/png;base64,%"] * 3) == "3 images, and this server takes 2 a request; send fewer"
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_by_its_header(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
     with serving(batcher, ServeOptions(max_image_pixels=1_000_000)) as address:
@@ -130,6 +131,7 @@ def test_images_that_are_damaged_or_of_rare_formats_are_refused(batcher: Batcher
             assert ask(address, data_url(PICTURE, kind)).choices
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_whatever_bytes_an_image_has_it_is_read_or_refused(kind: str) -> None:
     whole, rng = image_bytes(PICTURE, kind), random.Random(0)

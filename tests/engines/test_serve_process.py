@@ -81,7 +81,7 @@ def streams(address: str, begun: threading.Semaphore) -> str:
 
 
 def test_sigterm_amid_requests_answers_those_that_were_taken_and_no_more(start: Callable[..., Server], standin: Engine) -> None:
-    server = start("--slots", "2", "--queue-limit", "4")
+    server = start("--slots", "2", "--queue-limit", "4", step=0.05)
     begun = threading.Semaphore(0)
     with ThreadPoolExecutor(8) as pool:
         streamed = [pool.submit(streams, server.address, begun) for _ in range(2)]
