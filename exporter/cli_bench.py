@@ -66,7 +66,8 @@ def bench(
             first = replace(specs[0], model=model) if model is not None else specs[0]
             for name in dict.fromkeys(against):
                 specs += baseline_specs(
-                    name, first, openvino_model=openvino_model, pruning_ratios=pruning_ratios, workspace=Path(workspace)
+                    name, first, fingerprint=next(iter(engines.values())).model_fingerprint, openvino_model=openvino_model,
+                    pruning_ratios=pruning_ratios, workspace=Path(workspace),
                 )  # fmt: skip
             measured = measure_in_turns(
                 specs, list(dict.fromkeys(sides)), new_tokens=new_tokens, repeats=repeats, warm_up=warm_up, one_at_a_time=one_at_a_time,

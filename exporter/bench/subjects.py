@@ -85,17 +85,22 @@ def check_engines(engines: Sequence[Engine], sides: Sequence[int], new_tokens: i
 
 
 def baseline_specs(
-    baseline: str, engine: SubjectSpec, *, openvino_model: Path | None, pruning_ratios: Sequence[int], workspace: Path
+    baseline: str, engine: SubjectSpec, *, fingerprint: str, openvino_model: Path | None, pruning_ratios: Sequence[int], workspace: Path
 ) -> list[SubjectSpec]:
-    """A baseline on the checkpoint of ``engine``, in its precision.
+    """A baseline on the checkpoint of ``engine``, which has this fingerprint, in its precision.
 
     Raises:
-        EngineError: a package or an option is missing.
+        CheckpointError: no checkpoint there. EngineError: a package or an option is missing, or it is another checkpoint.
     """
     packages, install = BASELINES[baseline]
     missing = [name for name in packages if util.find_spec(name) is None]
     if missing:
         raise EngineError(f"--against {baseline} needs {' and '.join(missing)}; {install}")
+    if baseline != "openvino":
+        from ..checkpoint import open_checkpoint
+
+        if open_checkpoint(engine.model).fingerprint != fingerprint:
+            raise EngineError(f"{engine.model} is not the checkpoint that {engine.engine} was built from; name that with --model")
     common = {**engine.to_dict(), "kind": baseline, "name": baseline}
     if baseline == "onnxruntime-genai":
         return [SubjectSpec(**{**common, "name": "onnxruntime-genai, decoder alone", "workspace": str(workspace)})]
@@ -111,7 +116,7 @@ def baseline_specs(
     return [
         SubjectSpec(**{**common, "name": "openvino-genai" + (f", {ratio} % pruned" if ratio else ""), "model": str(openvino_model),
                        "pruning_ratio": ratio})
-        for ratio in pruning_ratios
+        for ratio in dict.fromkeys(pruning_ratios)
     ]  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def test_engines_of_two_models_are_not_compared(engines: list[Engine]) -> None:
 
 
 def test_a_missing_baseline_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"openvino_model": None, "pruning_ratios": [0, 90], "workspace": tmp_path}
+    options: dict[str, Any] = {"fingerprint": "", "openvino_model": None, "pruning_ratios": [0, 90], "workspace": tmp_path}
     monkeypatch.setattr(subjects.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"--against openvino needs openvino_genai; pip install 'vflow-export\[bench\]'"):
         baseline_specs("openvino", spec("a"), **options)
@@ -200,6 +200,13 @@ def test_a_missing_baseline_is_said_with_what_to_install(monkeypatch: pytest.Mon
     (tmp_path / "openvino_language_model.xml").touch()
     names = [s.name for s in baseline_specs("openvino", spec("a"), **{**options, "openvino_model": tmp_path})]
     assert names == ["openvino-genai", "openvino-genai, 90 % pruned"]
+
+
+def test_a_baseline_has_the_engine_s_checkpoint(engines: list[Engine], untied_checkpoint: Path, tmp_path: Path) -> None:
+    first = replace(engine_spec(engines[0], provider="cpu", threads=1), model=str(untied_checkpoint))
+    options: dict[str, Any] = {"openvino_model": None, "pruning_ratios": [], "workspace": tmp_path}
+    with pytest.raises(EngineError, match=r"is not the checkpoint that .* was built from; name that with --model"):
+        baseline_specs("transformers", first, fingerprint=engines[0].model_fingerprint, **options)
 
 
 def test_engines_and_hugging_face_are_timed_from_the_command_line(engines: list[Engine], random_checkpoint: Path, tmp_path: Path) -> None:
@@ -229,7 +236,8 @@ def test_onnxruntime_genai_builds_and_times_the_decoder(build: Callable[..., Eng
     pytest.importorskip("onnxruntime_genai")
     from vflow.exporter.bench.genai import GenaiSubject
 
-    first = engine_spec(build(resolve_model("tiny"), unpruned_schedule()), provider="cpu", threads=1)  # its heads are wide enough for it
-    (genai,) = baseline_specs("onnxruntime-genai", first, openvino_model=None, pruning_ratios=[], workspace=tmp_path)
+    engine = build(resolve_model("tiny"), unpruned_schedule())  # its heads are wide enough for it
+    options: dict[str, Any] = {"fingerprint": engine.model_fingerprint, "openvino_model": None, "pruning_ratios": [], "workspace": tmp_path}
+    (genai,) = baseline_specs("onnxruntime-genai", engine_spec(engine, provider="cpu", threads=1), **options)
     answer = GenaiSubject(genai).measure(Request(112, 4))
     assert answer.vision_s is None and answer.new_tokens == 4 and answer.visual_tokens == (16,)
