@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..engines.backends.onnxruntime import OnnxRuntimeBackend
+from ..engines.errors import EngineError
 from ..engines.manifest import Engine
 from ..engines.preprocess import load_image, preprocess_image
 from ..engines.results import Prepared
@@ -95,7 +96,10 @@ def verify_engine(
 
     Raises:
         CheckpointError: the checkpoint is not the one that the engine was built from.
+        EngineError: the engine is bf16.
     """
+    if engine.precision == "bf16":
+        raise EngineError(f"{engine.path} is bf16, which ONNX Runtime does not compute, so nothing compares it yet; verify the same build in fp16")
     if engine.model_fingerprint != checkpoint.fingerprint:
         raise CheckpointError(f"{checkpoint.name} ({checkpoint.fingerprint}) is not the model of this engine ({engine.model_fingerprint})")
     model = _load(engine, checkpoint)

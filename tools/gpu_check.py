@@ -1,12 +1,14 @@
-"""Checks and times every kernel on the GPU of this machine. No network, a few minutes:
+"""Checks and times every kernel, and whole engines, on the GPU of this machine. No network, a few minutes, but for the last part:
 
     python tools/gpu_check.py --output gpu_check.json
 
-Needs PyTorch with CUDA and the Triton language; cuda-python, TensorRT and TensorRT-RTX are used where they are installed. Four parts:
+Needs PyTorch with CUDA and the Triton language; cuda-python, TensorRT and TensorRT-RTX are used where they are installed. Five parts:
 kernels against float64; every compiled PTX and cubin through the driver API by its contract, against the same; times beside plain PyTorch,
-torch.compile and the limits of the machine as measured in the same run; engines with the ops, where one can be built.
+torch.compile and the limits of the machine as measured in the same run; engines with the ops, where one can be built; models: the small one on ONNX
+Runtime CUDA, TensorRT-RTX and TensorRT against ONNX Runtime on the CPU, and one of ``--shape`` with random weights, pruned against unpruned.
 
-The exit code is 1 if anything that ran was wrong. ``--device cpu --sizes tiny`` tries the program itself, in the interpreter.
+What cannot be tried has a row that says why. The exit code is 1 if anything that ran was wrong. ``--device cpu --sizes tiny`` tries the program
+itself, in the interpreter; with ``--parts models --shape tiny --sides 8`` the last part.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ import torch
 import triton
 from gpu_cases import SIZES, Case, cases
 from gpu_engines import check_engine
+from gpu_models import available_runtimes, check_model, compare_speed, large_model, schedules
 from gpu_timing import machine_limits, scoring_times, time_case
 from torch import Tensor
+from vflow.exporter.checkpoint import Checkpoint, open_checkpoint
 from vflow.plugins.launch import PRECISION_OF, launch
 
 DTYPES = tuple(PRECISION_OF)
 TIMED_DTYPE = torch.float16
 ENGINES = ("tensorrt", "tensorrt_rtx")
+PARTS = ["kernels", "driver", "times", "engines", "models"]
 
 
 class Report:
@@ -70,13 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write all results there as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["odd", "usual", "large"])
-    parser.add_argument("--parts", nargs="+", choices=["kernels", "driver", "times", "engines"], default=["kernels", "driver", "times", "engines"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; on a CPU kernels and times")
+    parser.add_argument("--shape", choices=["tiny", "2b", "7b"], default="7b", help="of the model that is timed")
+    parser.add_argument("--sides", nargs="+", type=int, default=[46, 78], help="of the timed images, in visual tokens: 2,116 and 6,084 of them")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="of the inputs; new ones each time unless given")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no GPU that PyTorch can use; --device cpu --sizes tiny tries the program itself", file=sys.stderr)
         return 1
     device = torch.device(options.device)
+    options.parts = options.parts or (["kernels", "times"] if device.type == "cpu" else PARTS)
     machine = describe_machine(device)
     print("  ".join(f"{key} {value}" for key, value in machine.items()) + f"  seed {options.seed}\n")
     report = Report()
@@ -89,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limits = time_everything(report, options.sizes, device, options.seed)
     if "engines" in options.parts and device.type == "cuda":
         check_engines(report, options.sizes, device, options.seed)
+    if "models" in options.parts:
+        check_models(report, device, options.shape, options.sides)
     wrong = [row for row in report.rows if row.get("passed") is False]
     print(f"\n{len(report.rows)} rows, {len(wrong)} wrong" + "".join(f"\n  {row['part']} {row['name']}" for row in wrong))
     if options.output:
@@ -205,6 +215,24 @@ def check_engines(report: Report, sizes: Sequence[str], device: torch.device, se
         for case in cases(SIZES[sizes[0]], TIMED_DTYPE, device, seed):
             label = f"{module} {named(case, TIMED_DTYPE)}"
             report.add("engine", label, lambda case=case, module=module: check_engine(module, case, PRECISION_OF[TIMED_DTYPE], compare))  # type: ignore[misc]
+
+
+def check_models(report: Report, device: torch.device, shape: str, sides: Sequence[int]) -> None:
+    """Part 5: whole engines on every runtime that imports here."""
+    with tempfile.TemporaryDirectory(prefix="vflow-gpu-check-") as name:
+        folder = Path(name)
+        large: list[Checkpoint] = []
+        for runtime, reason in available_runtimes(device.type):
+            if reason:
+                report.add("model", runtime[0], lambda reason=reason: {"passed": None, "note": f"not run: {reason}"})  # type: ignore[misc]
+                continue
+            small = open_checkpoint("tiny")
+            for label, schedule in schedules(small).items():
+                place = folder / f"tiny-{label}-{runtime[0].replace(' ', '-')}"
+                report.add("model", f"tiny, {runtime[0]} {label}", lambda r=runtime, s=schedule, p=place: check_model(small, s, r, p))  # type: ignore[misc]  # noqa: B023
+            if not large:
+                large.append(large_model(shape, folder / "checkpoint"))
+            compare_speed(large[0], runtime, sides, folder, lambda label, action: report.add("model", f"{shape}, {label}", action))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ SHARD_BYTES = 1 << 30
 STD = 0.02
 # text: hidden, MLP, layers, heads, KV heads, tied; the tower is the same in all sizes (public configurations of Qwen2-VL)
 SHAPES = {"2b": (1536, 8960, 28, 12, 2, True), "7b": (3584, 18944, 28, 28, 4, False)}
-COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json")
+COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+PROCESSOR = "preprocessor_config.json"
+MAX_PIXELS = 16_384 * 28 * 28  # as in the public configurations; the small model's own is 1,280 visual tokens
 
 
 def shape_config(name: str, small: Qwen2VLConfig) -> Qwen2VLConfig:
@@ -78,6 +80,8 @@ def main() -> None:
     config.save_pretrained(args.output)
     for file in COPIED:
         shutil.copy(tiny / file, args.output / file)
+    processor = json.loads((tiny / PROCESSOR).read_text())
+    (args.output / PROCESSOR).write_text(json.dumps({**processor, "max_pixels": MAX_PIXELS}, indent=2))
     print(f"{args.output}: {sum(torch.Size(s).numel() for _, s in names) / 1e9:.2f} G parameters, {total / 1e9:.2f} GB")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from support import DECODER_STAGES, picture
+from vflow.engines.errors import EngineError
 from vflow.engines.manifest import Engine
 from vflow.engines.session import Session
 from vflow.exporter import verify
@@ -96,3 +97,8 @@ def test_importance_that_is_held_leaves_out_what_is_protected() -> None:
     """How many representatives a selection protects is not importance, and 1e30 would hide all that is."""
     assert verify.held_importance(np.array([0.5, 1e30, 0.25, 1e30], np.float32)) == 0.75
     assert verify.held_importance(np.array([1e30], np.float32)) == 0.0
+
+
+def test_a_bf16_engine_is_compared_with_nothing_and_that_is_said(engine: Engine, findings: Callable[..., dict[str, Finding]]) -> None:
+    with pytest.raises(EngineError, match=r"is bf16, which ONNX Runtime does not compute, so nothing compares it yet"):
+        findings(dataclasses.replace(engine, precision="bf16"))

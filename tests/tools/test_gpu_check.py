@@ -92,3 +92,27 @@ def test_a_check_that_raises_fails_alone(gpu_check: ModuleType) -> None:
     assert [row["passed"] for row in report.rows] == [False, True]
     assert "ZeroDivisionError" in report.rows[0]["error"]
     assert not report.passed
+
+
+@pytest.mark.slow
+def test_whole_engines_are_checked_and_timed_pruned_beside_unpruned(tmp_path: Path) -> None:
+    """On ONNX Runtime and a CPU, with the small model: the program, not the figures."""
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--device", "cpu", "--parts", "models", "--shape", "tiny", "--sides", "6", "8"]
+    run = subprocess.run([*command, "--output", str(tmp_path / "result.json")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
+    assert all(rows[f"tiny, onnxruntime CPU {name}"]["passed"] for name in ("unpruned", "progressive", "tower"))
+    pruned = rows["tiny, onnxruntime CPU tower 64 tokens"]
+    assert pruned["visual_tokens"] == 64 and pruned["kept"][-1] < 64
+    assert pruned["kv_saved"] > 0.85 and pruned["times_faster"] > 0
+    assert "3.8 times" in pruned["beside"]
+
+
+def test_runtimes_that_are_missing_are_listed_with_the_reason(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_models
+
+    monkeypatch.setattr(gpu_models.util, "find_spec", lambda name: None)
+    reasons = {runtime[0]: reason for runtime, reason in gpu_models.available_runtimes("cuda")}
+    assert reasons["tensorrt-rtx"] == "tensorrt_rtx and polygraphy and cuda missing"
+    assert set(reasons) == {"onnxruntime CUDA", "tensorrt-rtx", "tensorrt"}
+    assert [runtime[0] for runtime, reason in gpu_models.available_runtimes("cpu") if not reason] == ["onnxruntime CPU"]
