@@ -87,10 +87,12 @@ def first_token_plot(values: Mapping[str, Any], path: Path) -> None:
     for number, (side, axes) in enumerate(zip(sides, panels[0], strict=True)):
         medians = [result["sides"][number]["median_s"] for result in results]
         vision = [entry["vision"] or 0.0 for entry in medians]
+        rest = [entry["first token"] - part for entry, part in zip(medians, vision, strict=True)]
+        told = [entry["prefill"] is not None for entry in medians]
         axes.barh(names, vision, label="vision")
-        axes.barh(
-            names, [entry["first token"] - part for entry, part in zip(medians, vision, strict=True)], left=vision, label="prefill and sampling"
-        )
+        axes.barh(names, [part if known else 0.0 for part, known in zip(rest, told, strict=True)], left=vision, label="prefill and sampling")
+        if not all(told):
+            axes.barh(names, [0.0 if known else part for part, known in zip(rest, told, strict=True)], color="grey", label="not told apart")
         axes.set(title=f"{side}×{side}", xlabel="seconds to first token", yticks=range(len(names)) if number == 0 else [])
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
