@@ -32,7 +32,7 @@ ITEM = VerifyInput(picture(6, 5), "how many objects are there ?")
 Calls = list[tuple[str, dict[str, Any]]]
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
+@pytest.fixture(scope="module", params=["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest, build: Callable[..., Engine], random_checkpoint: Path) -> Engine:
     return build(random_checkpoint, SCHEDULE, request.param)
 
