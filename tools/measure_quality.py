@@ -262,7 +262,7 @@ def details(results: Sequence[Mapping[str, Any]]) -> list[str]:
         by_kind = [f"{result['by_kind'][kind]['accuracy']:.2f}" for kind in kinds]
         total, agreement = result["total"], result["agreement"]
         row = [result["name"], f"{result['average_keep']:.3f}", f"{result['prefill_flops']:.3f}", share(total), f"{total['accuracy'] / whole:.3f}"]
-        agreed = [f"{agreement['first_token']:.3f}", f"{agreement['overlap']:.3f}", f"{agreement['cosine']:.4f}"]
+        agreed = [f"{agreement['first_token']:.3f}", f"{agreement['overlap']:.3f}" if "overlap" in agreement else "", f"{agreement['cosine']:.4f}"]
         lines.append("| " + " | ".join([*row, *by_kind, *agreed]) + " |")
     return lines
 

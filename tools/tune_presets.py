@@ -1,7 +1,8 @@
 """Tune the schedules that ship for a model: at the keeps of the paper's tables, without and with stages inside the tower.
 
 From the smallest keep up: each search also tries the point found for the keep before it, which with more to spend is seldom worse. Of several
-searches for a keep the best is taken: one alone may end a point or two below another (docs/quality.md).
+searches for a keep, the one is taken that does best on samples which none of them has seen: what a search reports is the best of its trials on its
+own samples, and with few of them several points too good (docs/quality.md).
 
 python tools/tune_presets.py --model tiny --output exporter/tuned
 """
@@ -10,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from vflow.exporter.checkpoint import open_checkpoint
-from vflow.exporter.data import CALIBRATION_SEED, generated_samples
+from vflow.exporter.checkpoint import Checkpoint, open_checkpoint
+from vflow.exporter.data import CALIBRATION_SEED, CalibrationSample, generated_samples
 from vflow.exporter.models.qwen2_vl import model_shape
 from vflow.exporter.report import schedule_lines
+from vflow.exporter.schedule import Schedule
 from vflow.exporter.search_space import Budget, SearchSpace
 from vflow.exporter.tiny.trained import BENCH_KINDS
 from vflow.exporter.tune import FlowObjective, tune_schedule
@@ -26,6 +29,7 @@ KEEPS = (0.33, 0.22, 0.11, 0.10, 0.05)
 # Prefill FLOPs beside each keep, with tower stages. More cannot be saved for long: what the decoder keeps is what the tower must keep too.
 TOWER_FLOPS = {0.33: 0.45, 0.22: 0.35, 0.11: 0.25, 0.10: 0.25, 0.05: 0.20}
 TEXT_TOKENS = 12  # of the generated questions
+PART = 90  # samples that are judged at a time: each keeps its tower's states
 
 
 def main() -> None:
@@ -36,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tower", action=argparse.BooleanOptionalAction, help="only with, or only without, tower stages")
     parser.add_argument("--samples", type=int, default=108)
     parser.add_argument("--trials", type=int, default=120)
+    parser.add_argument("--judges", type=int, default=450, help="samples beside those of the searches, to choose between them")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of the searches for each keep")
     parser.add_argument("--side", type=int, default=448)
     parser.add_argument("--threads", type=int, default=1)
@@ -43,8 +48,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     checkpoint = open_checkpoint(args.model)
     shape, grid = model_shape(checkpoint.config), args.side // 28
-    samples = list(generated_samples(args.samples, BENCH_KINDS, args.side, seed=CALIBRATION_SEED))
-    objective = FlowObjective(checkpoint, samples, blocks=range(2, shape.tower.blocks))
+    samples = list(generated_samples(args.samples + args.judges, BENCH_KINDS, args.side, seed=CALIBRATION_SEED))
+    judges = samples[args.samples :]
+    objective = FlowObjective(checkpoint, samples[: args.samples], blocks=range(2, shape.tower.blocks))
     args.output.mkdir(parents=True, exist_ok=True)
     for tower in (False, True) if args.tower is None else (args.tower,):
         found: list[Mapping[str, float | str]] = []
@@ -56,17 +62,29 @@ def main() -> None:
             searches = [
                 tune_schedule(objective, space, fingerprint=checkpoint.fingerprint, trials=args.trials, seed=seed, start=start) for seed in args.seeds
             ]
-            result = max(searches, key=lambda search: search.value)
+            verdicts = judged(checkpoint, judges, [search.schedule for search in searches])
+            result = searches[int(np.argmax(verdicts))]
             found = [result.point]
             path = args.output / f"{Path(args.model).name}-keep-{keep:.2f}{'-tower' if tower else ''}.json"
             result.schedule.save(path)
-            values = ", ".join(f"{search.value:.4f}" for search in searches)
+            values = ", ".join(f"{search.value:.4f} ({verdict:.4f})" for search, verdict in zip(searches, verdicts, strict=True))
             print(
-                f"{path}: overlap {result.value:.4f} of {values}, FLOPs {space.flops_share(result.schedule):.3f}, {time.monotonic() - began:.0f} s",
+                f"{path}: overlap {max(verdicts):.4f} of {values}, FLOPs {space.flops_share(result.schedule):.3f}, {time.monotonic() - began:.0f} s",
                 flush=True,
             )
             for line in schedule_lines(result.schedule, shape):
                 print(f"    {line}", flush=True)
+
+
+def judged(checkpoint: Checkpoint, samples: Sequence[CalibrationSample], schedules: Sequence[Schedule]) -> list[float]:
+    """The objective of each schedule on samples that the searches have not seen."""
+    values = []
+    for first in range(0, len(samples), PART):
+        part = samples[first : first + PART]
+        blocks = {schedule.tower_stages[0].layer for schedule in schedules if schedule.tower_stages} - {0}
+        objective = FlowObjective(checkpoint, part, blocks=sorted(blocks))
+        values.append([objective.score(schedule) * len(part) / len(samples) for schedule in schedules])
+    return [float(value) for value in np.sum(values, axis=0)]
 
 
 if __name__ == "__main__":
