@@ -111,7 +111,7 @@ def evaluate(
 @click.option("--model", required=True, help="Alias, checkpoint folder, or hub id.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="schedule.json to write; with --pareto a folder of them.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL or folder of image and prompt.  [default: generated scenes]")
-@click.option("--samples", type=click.IntRange(1), default=30, show_default=True, help="How many samples to calibrate on.")
+@click.option("--samples", type=click.IntRange(1), default=108, show_default=True, help="How many samples to calibrate on.")
 @click.option("--keep", type=float, help="Budget: average share of visual tokens over decoder layers.")
 @click.option("--kv-budget", help="Budget: visual KV cache, such as 64MiB (fp16, at --side).")
 @click.option("--prefill-flops", type=float, help="Budget: share of the unpruned prefill's FLOPs (at --side); allows stages inside the tower.")
