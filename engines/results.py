@@ -13,7 +13,7 @@ from ..exporter.schedule import keep_count
 from .manifest import Engine
 from .positions import ImageSurvivors
 
-__all__ = ["GenerationResult", "KvBytes", "Prepared", "StageCount", "Step", "kv_bytes", "slot_bytes", "stage_counts"]
+__all__ = ["GenerationResult", "KvBytes", "Prepared", "StageCount", "Step", "kv_bytes", "slot_bytes", "stage_counts", "token_bytes"]
 
 
 def stage_counts(engine: Engine, budgets: Sequence[int]) -> tuple[StageCount, ...]:
@@ -28,17 +28,16 @@ def stage_counts(engine: Engine, budgets: Sequence[int]) -> tuple[StageCount, ..
 
 def kv_bytes(engine: Engine, allocated: int) -> KvBytes:
     """Sizes of the KV caches of one request whose buffers have ``allocated`` bytes."""
-    token_bytes = _token_bytes(engine)
-    visual = sum(segment.layers * segment.visual_capacity for segment in engine.segments) * token_bytes
-    return KvBytes(allocated, visual, engine.shape.decoder.layers * engine.limits.max_visual_tokens * token_bytes)
+    visual = sum(segment.layers * segment.visual_capacity for segment in engine.segments) * token_bytes(engine)
+    return KvBytes(allocated, visual, engine.shape.decoder.layers * engine.limits.max_visual_tokens * token_bytes(engine))
 
 
 def slot_bytes(engine: Engine) -> int:
     """Bytes of the KV caches that one request takes, whatever it asks."""
-    return sum(segment.layers * segment.capacity for segment in engine.segments) * _token_bytes(engine)
+    return sum(segment.layers * segment.capacity for segment in engine.segments) * token_bytes(engine)
 
 
-def _token_bytes(engine: Engine) -> int:
+def token_bytes(engine: Engine) -> int:
     """Key and value of one token in one layer."""
     decoder = engine.shape.decoder
     return 2 * decoder.kv_heads * decoder.head_dim * engine.itemsize

@@ -9,11 +9,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from .bench.subjects import BASELINES
 from .console import one_line_errors, progress_bar
 
 __all__ = ["bench"]
-
-BASELINES = ("transformers", "onnxruntime-genai", "openvino")
 
 
 @click.command()
@@ -24,7 +23,7 @@ BASELINES = ("transformers", "onnxruntime-genai", "openvino")
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens of the answer, whatever the model says.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count.")
 @click.option("--warm-up", type=click.IntRange(0), default=1, show_default=True, help="Rounds before them that do not.")
-@click.option("--against", multiple=True, type=click.Choice(BASELINES), help="Also time the same checkpoint there; repeatable.")
+@click.option("--against", multiple=True, type=click.Choice(list(BASELINES)), help="Also time the same checkpoint there; repeatable.")
 @click.option("--model", help="Checkpoint for --against.  [default: the one named in the first engine's manifest]")
 @click.option(
     "--openvino-model", type=click.Path(path_type=Path, file_okay=False), help="Folder that optimum-intel exported, for --against openvino."

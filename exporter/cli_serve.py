@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..engines.batcher import DEFAULT_QUEUE_LIMIT, DEFAULT_SLOTS
 from .console import err, one_line_errors
 
 __all__ = ["serve"]
@@ -17,9 +18,9 @@ __all__ = ["serve"]
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any that is free.")
 @click.option("--api-key", envvar="VFLOW_API_KEY", show_envvar=True, help="Clients must send it. In the environment nobody else sees it.")
 @click.option("--name", help="Model name for clients.  [default: the one in the engine's manifest]")
-@click.option("--slots", type=click.IntRange(1), help="Requests answered at a time.  [default: 4]")
+@click.option("--slots", type=click.IntRange(1), help=f"Requests answered at a time.  [default: {DEFAULT_SLOTS}]")
 @click.option("--kv-memory", help="Memory for KV caches, such as 2GiB, instead of --slots.")
-@click.option("--queue-limit", type=click.IntRange(0), default=16, show_default=True, help="Requests that may wait; more get 429.")
+@click.option("--queue-limit", type=click.IntRange(0), default=DEFAULT_QUEUE_LIMIT, show_default=True, help="Requests that may wait; more get 429.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True, help="Seconds for a request, queue included.")
 @click.option("--drain", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds for running requests after SIGTERM.")
 @click.option("--max-body", default="32MiB", show_default=True, help="Largest request, images in it included.")

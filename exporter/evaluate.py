@@ -161,13 +161,12 @@ def evaluate_session(
         unpruned = _ask(reference, reference.prepare(sample.prompt, sample.images), 1) if reference is not None else None
         tally.add(sample, session.encoder.decode([token for token in answer.token_ids if token not in engine.tokens.stop]), answer, unpruned)
         grids = [(image.rows, image.columns) for image in prepared.survivors]
-        text_tokens = prepared.input_ids.size - prepared.visual_positions.size
         stages = stage_counts(engine, prepared.budgets)
         tally.visual_tokens.append(prepared.visual_tokens)
         tally.kept.append(stages[-1].kept if stages else prepared.visual_tokens)
         tally.keep_shares.append(engine.schedule.average_keep(engine.shape.decoder.layers))
-        full = prefill_flops(Schedule(), engine.shape, grids, text_tokens=text_tokens)
-        tally.flops.append(prefill_flops(engine.schedule, engine.shape, grids, text_tokens=text_tokens) / full)
+        full = prefill_flops(Schedule(), engine.shape, grids, text_tokens=prepared.text_tokens)
+        tally.flops.append(prefill_flops(engine.schedule, engine.shape, grids, text_tokens=prepared.text_tokens) / full)
         tally.kv_bytes.append(kv_cache_bytes(engine, session.backend.cache_bytes).visual)
     return tally.result(name)
 

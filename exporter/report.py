@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..engines.manifest import Engine
-from ..engines.results import GenerationResult
+from ..engines.results import GenerationResult, token_bytes
 from .budget import cost
 from .schedule import KEEP_UNIT, Schedule, unpruned_schedule
 from .shape import ModelShape
@@ -46,7 +46,7 @@ def build_table(engine: Engine) -> Table:
     for first, end in _runs(pruned.tower_tokens):
         before, after = sum(full.tower_block_flops[first:end]), sum(pruned.tower_block_flops[first:end])
         table.add_row(_span("tower", first, end), str(pruned.tower_tokens[first]), _giga(before), _giga(after), "", "")
-    per_token = 2 * shape.decoder.kv_heads * shape.decoder.head_dim * engine.itemsize
+    per_token = token_bytes(engine)
     for first, end in _runs(pruned.decoder_tokens):
         before, after = sum(full.decoder_layer_flops[first:end]), sum(pruned.decoder_layer_flops[first:end])
         kv_before, kv_after = (sum(c.decoder_tokens[first:end]) * per_token for c in (full, pruned))

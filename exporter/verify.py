@@ -111,12 +111,13 @@ def verify_engine(
     session, reference, eager = Session(engine), _in_pytorch(engine, model), None
     if engine.precision == "fp32" and checkpoint.size <= FLOAT64_LIMIT:
         reference, eager = _in_pytorch(engine, _load(engine, checkpoint).double()), reference
-    findings += _compare("b", "the PyTorch reference", session, reference, inputs, progress, eager)
+    exact, rounded = _Memory(reference), _Memory(eager) if eager is not None else None
+    findings += _compare("b", "the PyTorch reference", session, exact, inputs, progress, rounded)
     findings += _decoding(session, inputs, progress)
     if engine.vision.cpu_file is not None:
         del model, session  # a second engine beside the first need not fit
         standard = Session(engine, backend=OnnxRuntimeBackend(engine, provider="cpu", standard=True))
-        findings += _compare("d", "the PyTorch reference", standard, reference, inputs, progress, eager)
+        findings += _compare("d", "the PyTorch reference", standard, exact, inputs, progress, rounded)
     return findings
 
 
@@ -169,14 +170,27 @@ def hugging_face_logits(session: Session, model: Any, item: VerifyInput) -> NDAr
     return logits
 
 
+class _Memory:
+    """A session in PyTorch and what it has made of each input up to the language graph, since two rungs ask for that."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._prepared: dict[int, Prepared] = {}
+
+    def prepare(self, item: VerifyInput) -> Prepared:
+        if id(item) not in self._prepared:
+            self._prepared[id(item)] = self.session.prepare(item.prompt, [item.image])
+        return self._prepared[id(item)]
+
+
 def _compare(
     rung: str,
     against: str,
     session: Session,
-    reference: Session,
+    reference: _Memory,
     inputs: Sequence[VerifyInput],
     progress: Callable[[str, float], None],
-    eager: Session | None = None,
+    eager: _Memory | None,
 ) -> Iterator[Finding]:
     """A session with another one of the same engine: survivors, what they are ranked by, and logits.
 
@@ -186,7 +200,7 @@ def _compare(
     shares, held, ranked, differences, roundings, largest = [], [], [], [], [], 0.0
     for number, item in enumerate(inputs):
         progress(f"({rung}) against {against}", number / len(inputs))
-        ours, theirs = session.prepare(item.prompt, [item.image]), reference.prepare(item.prompt, [item.image])
+        ours, theirs = session.prepare(item.prompt, [item.image]), reference.prepare(item)
         mine, other = ours.survivors[0].index, theirs.survivors[0].index
         shares.append(len(np.intersect1d(mine, other)) / max(len(mine), len(other)))
         mine_held, other_held = held_importance(ours.importance), held_importance(theirs.importance)
@@ -198,7 +212,7 @@ def _compare(
             scale = float(np.abs(theirs.importance[free]).max(initial=0.0)) or 1.0
             ranked.append(float(np.abs(ours.importance - theirs.importance)[free].max(initial=0.0)) / scale)
             theirs = replace(theirs, importance=ours.importance)
-        ours_logits, theirs_logits = session.prefill(ours).logits, reference.prefill(theirs).logits
+        ours_logits, theirs_logits = session.prefill(ours).logits, reference.session.prefill(theirs).logits
         differences.append(float(np.abs(ours_logits - theirs_logits).max()))
         roundings.append(_rounding(eager, item, theirs, theirs_logits) if eager is not None else 0.0)
         largest = max(largest, float(np.abs(theirs_logits).max()))
@@ -221,12 +235,12 @@ def held_importance(importance: NDArray[np.float32]) -> float:
     return float(importance[importance < PROTECTED].sum())
 
 
-def _rounding(eager: Session, item: VerifyInput, exact: Prepared, exact_logits: NDArray[Any]) -> float:
+def _rounding(eager: _Memory, item: VerifyInput, exact: Prepared, exact_logits: NDArray[Any]) -> float:
     """How far PyTorch in fp32 is from float64 on an input; 0 where it keeps other tokens, which is no rounding of these logits."""
-    rounded = eager.prepare(item.prompt, [item.image])
+    rounded = eager.prepare(item)
     if not np.array_equal(rounded.survivors[0].index, exact.survivors[0].index):
         return 0.0
-    logits = eager.prefill(replace(rounded, importance=exact.importance)).logits
+    logits = eager.session.prefill(replace(rounded, importance=exact.importance)).logits
     return float(np.abs(logits - exact_logits).max())
 
 

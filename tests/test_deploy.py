@@ -11,8 +11,9 @@ import pytest
 import yaml
 from vflow.engines import kv_segments
 from vflow.engines.batcher import DEFAULT_SLOTS
+from vflow.engines.gauges import GAUGES
 from vflow.engines.triton_server.interface import INPUTS, OUTPUTS, PARAMETERS
-from vflow.engines.triton_server.model import GAUGES, STUCK_SECONDS
+from vflow.engines.triton_server.model import SHOWN, STUCK_SECONDS
 from vflow.engines.triton_server.settings import DEFAULT_DRAIN, DEFAULT_QUEUE_LIMIT
 from vflow.exporter.presets import preset_schedule
 from vflow.exporter.schedule import unpruned_schedule
@@ -62,7 +63,7 @@ def test_kubernetes_waits_longer_than_triton_drains(objects: dict[str, Any], con
 def test_what_is_scaled_on_is_a_gauge_that_the_model_has(objects: dict[str, Any]) -> None:
     (metric,) = objects["HorizontalPodAutoscaler"]["spec"]["metrics"]
     name = metric["pods"]["metric"]["name"]
-    assert name in [gauge for gauge, _ in GAUGES.values()]
+    assert name in [GAUGES[field][0] for field in SHOWN]
     assert float(metric["pods"]["target"]["averageValue"]) < DEFAULT_QUEUE_LIMIT
     (rule,) = yaml.safe_load((ROOT / "deploy" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     assert rule["name"]["as"] == name and rule["seriesQuery"].startswith(name + "{")
@@ -87,7 +88,7 @@ def test_the_guide_names_every_tensor_parameter_and_gauge() -> None:
     rows = [line for line in GUIDE.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row.split("|")[1])}
     tensors = {spec.name for spec in (*INPUTS, *OUTPUTS)}
-    assert named == tensors | set(PARAMETERS) | {gauge for gauge, _ in GAUGES.values()} | {"infer"}
+    assert named == tensors | set(PARAMETERS) | {GAUGES[field][0] for field in SHOWN} | {"infer"}
     for spec in INPUTS:
         (row,) = (row for row in rows if f"`{spec.name}`" in row.split("|")[1])
         assert row.split("|")[2].strip().startswith(f"{spec.dtype} [")

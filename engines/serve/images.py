@@ -12,14 +12,12 @@ from typing import Any
 from PIL import Image
 
 from ..errors import EngineError
-from ..preprocess import ImageError
+from ..preprocess import WEB_FORMATS, ImageError
 from .options import ServeOptions
 from .remote import fetch_image
 from .schema import ImagePart, Message
 
 __all__ = ["read_messages"]
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # the web's; some of Pillow's others run programs or are seldom looked at
 
 
 def read_messages(messages: Sequence[Message], options: ServeOptions) -> tuple[list[dict[str, Any]], list[Image.Image]]:
@@ -64,8 +62,8 @@ def _content(url: str, options: ServeOptions, number: int) -> bytes:
 def _open(content: bytes, number: int) -> Image.Image:
     """Read the header."""
     try:
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        return Image.open(io.BytesIO(content), formats=WEB_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"image {number}: too many pixels (a decompression bomb?); scale it down first") from None
     except Exception as error:  # whatever a damaged header makes Pillow's readers raise
-        raise ImageError(f"image {number}: not an image of {', '.join(FORMATS)} ({type(error).__name__})") from None
+        raise ImageError(f"image {number}: not an image of {', '.join(WEB_FORMATS)} ({type(error).__name__})") from None

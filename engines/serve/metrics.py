@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..batcher import Batcher
+from ..gauges import GAUGES
 from ..results import GenerationResult
 
 __all__ = ["Metrics"]
@@ -46,15 +47,8 @@ class _BatcherCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._batcher.stats()
-        for name, text, value in (
-            ("vflow_requests_queued", "Requests that wait for a slot.", stats.queued),
-            ("vflow_requests_active", "Requests in a slot.", stats.active),
-            ("vflow_slots", "Requests that are answered at a time.", stats.slots),
-            ("vflow_queue_limit", "Requests that may wait.", stats.queue_limit),
-            ("vflow_kv_cache_bytes_used", "KV caches of slots in use.", stats.kv_bytes_used),
-            ("vflow_kv_cache_bytes", "KV caches of all slots.", stats.kv_bytes),
-        ):
-            yield GaugeMetricFamily(name, text, value)
+        for field, (name, text) in GAUGES.items():
+            yield GaugeMetricFamily(name, text, getattr(stats, field))
         for name, text, value in (
             ("vflow_prompt_tokens", "Tokens that entered the language model.", stats.prompt_tokens),
             ("vflow_generated_tokens", "Tokens of answers.", stats.new_tokens),

@@ -18,6 +18,7 @@ import numpy as np
 from ..batcher import Batcher
 from ..directory import open_engine
 from ..errors import EngineError, QueueFull, RequestCancelled, RequestTimeout, ShuttingDown
+from ..gauges import GAUGES
 from ..results import GenerationResult
 from ..ticket import Ticket
 from .inputs import read_inputs
@@ -30,11 +31,7 @@ WATCH_SECONDS = 0.1  # how soon a client that has gone is noticed, and how old a
 STUCK_SECONDS = 30  # without a turn for the watcher, which nothing here takes a tenth of; see _watch
 READERS = 2  # requests whose images are unpacked at a time: a picture may take 0.25 GiB while it is
 DTYPES = {"STRING": np.object_, "INT64": np.int64, "FP64": np.float64}
-GAUGES = {  # field of BatcherStats: name and meaning of the metric, as `serve` has them
-    "queued": ("vflow_requests_queued", "Requests that wait for a slot."),
-    "active": ("vflow_requests_active", "Requests in a slot."),
-    "slots": ("vflow_slots", "Requests that are answered at a time."),
-}
+SHOWN = ("queued", "active", "slots")  # of the gauges: setting one is a call to the server
 
 
 class TritonPythonModel:
@@ -69,7 +66,7 @@ class TritonPythonModel:
         self._live: set[_Exchange] = set()
         self._stopped = Event()
         labels = {"model": args["model_name"], "version": args["model_version"]}
-        self._families = {field: triton.MetricFamily(*metric, triton.MetricFamily.GAUGE) for field, metric in GAUGES.items()}
+        self._families = {field: triton.MetricFamily(*GAUGES[field], triton.MetricFamily.GAUGE) for field in SHOWN}
         self._gauges = {field: family.Metric(labels=labels) for field, family in self._families.items()}
         self._shown: dict[str, int] = {}
         self._showing = Lock()
@@ -219,7 +216,7 @@ def outputs_of(result: GenerationResult, *, text: str) -> dict[str, Any]:
         "prompt_tokens": result.prompt_tokens,
         "new_tokens": len(result.token_ids),
         "visual_tokens": result.visual_tokens,
-        "visual_tokens_kept": result.stages[-1].kept if result.stages else result.visual_tokens,
+        "visual_tokens_kept": result.visual_tokens_kept,
         "vision_s": result.vision_s,
         "prefill_s": result.prefill_s,
         "ttft_s": result.ttft_s,

@@ -8,9 +8,9 @@ from importlib import metadata
 import numpy as np
 
 from ...engines import SamplingParams, Session, open_engine
-from ...engines.results import stage_counts
+from ...engines.request import prompt_lengths
+from ...engines.results import stage_counts, token_bytes
 from ...engines.sampling import next_token
-from ..schedule import keep_count
 from .measurement import Request, Timing, peak_memory_bytes, random_image
 from .subjects import SubjectSpec
 
@@ -40,11 +40,10 @@ class EngineSubject:
             token = next_token(session.decode(token).logits, sampling, generator)
         decode_s = time.perf_counter() - first_token
 
-        visual, decoder = prepared.visual_positions.size, engine.shape.decoder
-        text = prepared.input_ids.size - visual
-        token_bytes = 2 * decoder.kv_heads * decoder.head_dim * np.dtype(session.backend.dtype).itemsize
-        held = [visual, *(keep_count(prepared.budget, segment.keep) for segment in engine.segments[1:])]
-        in_cache = sum(segment.layers * (alive + text + request.new_tokens - 1) for segment, alive in zip(engine.segments, held, strict=True))
+        lengths = prompt_lengths(
+            engine.segments, text_tokens=prepared.text_tokens, visual_tokens=prepared.visual_positions.size, budget=prepared.budget
+        )
+        in_cache = sum(segment.layers * (int(length) + request.new_tokens - 1) for segment, length in zip(engine.segments, lengths, strict=True))
         return Timing(
             vision_s=prepared.vision_seconds,
             prefill_s=after_prefill - before_prefill,
@@ -53,7 +52,7 @@ class EngineSubject:
             decode_s=decode_s,
             new_tokens=request.new_tokens,
             visual_tokens=(prepared.visual_tokens, *(stage.kept for stage in stage_counts(engine, prepared.budgets))),
-            text_tokens=text,
-            kv_bytes=in_cache * token_bytes,
+            text_tokens=prepared.text_tokens,
+            kv_bytes=in_cache * token_bytes(engine),
             peak_memory_bytes=peak_memory_bytes(),
         )

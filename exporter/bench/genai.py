@@ -19,6 +19,7 @@ import numpy as np
 from ...engines import open_engine
 from ...engines.errors import EngineError
 from ...engines.prompt import PromptEncoder
+from ...engines.results import token_bytes
 from .measurement import Request, Timing, peak_memory_bytes
 from .subjects import SubjectSpec
 
@@ -61,8 +62,6 @@ class GenaiSubject:
         for _ in range(request.new_tokens - 1):
             generator.generate_next_token()
         decode_s = time.perf_counter() - first_token
-        decoder = self.engine.shape.decoder
-        itemsize = 2 if self.engine.precision == "fp16" else 4
         return Timing(
             vision_s=None,
             prefill_s=after_prefill - began,
@@ -72,7 +71,7 @@ class GenaiSubject:
             new_tokens=generator.token_count() - len(expanded),
             visual_tokens=(visual,),
             text_tokens=len(expanded) - visual,
-            kv_bytes=2 * decoder.layers * decoder.kv_heads * decoder.head_dim * itemsize * (length - 1),
+            kv_bytes=self.engine.shape.decoder.layers * token_bytes(self.engine) * (length - 1),
             peak_memory_bytes=peak_memory_bytes(),
         )
 

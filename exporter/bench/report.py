@@ -137,8 +137,7 @@ def _limits(subject: Measured, yardstick: Measured, engines: dict[str, Engine], 
     if ours is None or theirs is None:
         return None
     text = yardstick.timings[side][0].text_tokens
-    itemsize = 2 if engine.precision == "fp16" else 4
-    return limits(ours, theirs, engine.shape, side=side // engine.image_processor.factor, text_tokens=text, bytes_per_value=itemsize)
+    return limits(ours, theirs, engine.shape, side=side // engine.image_processor.factor, text_tokens=text, bytes_per_value=engine.itemsize)
 
 
 def _short(subject: Measured) -> str:

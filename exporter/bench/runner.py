@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from ...engines.errors import EngineError
+from ..child_process import last_words
 from .measurement import Request, Timing
 from .subjects import SubjectSpec
 
@@ -123,17 +124,11 @@ class _Child:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise EngineError(f"{self.name} ended while it was measured ({self._last_words()})")
+            raise EngineError(f"{self.name} ended while it was measured ({last_words(self._complaints, self._process.wait())})")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise EngineError(f"{self.name}: {answer['error']}")
         return answer
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._complaints.seek(0)
-        lines = self._complaints.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {code}" + (", as when memory runs out" if code == -9 else "")
 
     def end(self) -> None:
         self._process.kill()

@@ -226,14 +226,19 @@ def _inlined(parsed: Parsed, op_type: str) -> list[str]:
     return [name for node in parsed.model.graph.node for name in bodies.get(node.op_type, [])]
 
 
+def _paired(parsed: Parsed, op_type: str, layer_type: str, unlike: str) -> Iterator[tuple[str, Any, Any]]:
+    """Every node of a type with the layer that it became, and their name; ``unlike`` says where some have none: {layers}, {nodes}, {first}."""
+    nodes = parsed.nodes(op_type)
+    layers = {_node_name(layer): layer for layer in parsed.of_type(layer_type)}
+    if alone := sorted(set(layers) ^ set(nodes)):
+        raise NetworkError(unlike.format(layers=len(layers), nodes=len(nodes), first=alone[0]))
+    return ((name, node, layers[name]) for name, node in nodes.items())
+
+
 def _check_caches(parsed: Parsed, producers: Mapping[str, Any]) -> None:
     """Every TensorScatter is a KV cache update of the same tensors, from the same places on."""
-    nodes = parsed.nodes("TensorScatter")
-    layers = {_node_name(layer): layer for layer in parsed.of_type("KV_CACHE_UPDATE")}
-    if set(layers) != set(nodes):
-        raise NetworkError(f"the network updates {len(layers)} KV caches, the graph {len(nodes)}: {sorted(set(layers) ^ set(nodes))[0]}")
-    for name, node in nodes.items():
-        layer = layers[name]
+    unlike = "the network updates {layers} KV caches, the graph {nodes}: {first}"
+    for name, node, layer in _paired(parsed, "TensorScatter", "KV_CACHE_UPDATE", unlike):
         found = layer.get_input(0).name, _source(layer.get_input(2), producers), layer.get_output(0).name
         if found != (node.input[0], node.input[2], node.output[0]):
             raise NetworkError(
@@ -247,31 +252,25 @@ def _check_caches(parsed: Parsed, producers: Mapping[str, Any]) -> None:
 
 def _check_rotary(parsed: Parsed) -> None:
     """Every RotaryEmbedding turns whole heads in halves."""
-    nodes = parsed.nodes("RotaryEmbedding")
-    layers = {_node_name(layer): layer for layer in parsed.of_type("ROTARY_EMBEDDING")}
-    if set(layers) != set(nodes):
-        raise NetworkError(f"the network has {len(layers)} rotary embeddings, the graph {len(nodes)}")
-    for name, node in nodes.items():
+    unlike = "the network has {layers} rotary embeddings, the graph {nodes}"
+    for name, node, layer in _paired(parsed, "RotaryEmbedding", "ROTARY_EMBEDDING", unlike):
         interleaved = any(attribute.name == "interleaved" and attribute.i for attribute in node.attribute)
-        if layers[name].interleaved != interleaved or layers[name].rotary_embedding_dim != 0:
+        if layer.interleaved != interleaved or layer.rotary_embedding_dim != 0:
             raise NetworkError(f"rotary embedding of {name}: the network's settings differ from the graph's")
 
 
 def _check_weights(parsed: Parsed) -> None:
     """Every DequantizeLinear is a layer with scales of the same shape along the same axis; their shape is what says how large blocks are."""
-    nodes = parsed.nodes("DequantizeLinear")
-    layers = {_node_name(layer): layer for layer in parsed.of_type("DEQUANTIZE")}
-    if set(layers) != set(nodes):
-        raise NetworkError(f"the network restores {len(layers)} weights, the graph {len(nodes)}")
+    unlike = "the network restores {layers} weights, the graph {nodes}"
     shapes = {tensor.name: list(tensor.dims) for tensor in parsed.model.graph.initializer}
-    for name, node in nodes.items():
+    for name, node, layer in _paired(parsed, "DequantizeLinear", "DEQUANTIZE", unlike):
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        codes, scales = layers[name].get_input(0), layers[name].get_input(1)
+        codes, scales = layer.get_input(0), layer.get_input(1)
         found, wanted = [_shape(codes), _shape(scales)], [shapes[node.input[0]], shapes[node.input[1]]]
         if "block_size" in attributes:
             wanted[1][attributes["axis"]] = -(-wanted[0][attributes["axis"]] // attributes["block_size"])
-        elif layers[name].axis != attributes["axis"]:
-            raise NetworkError(f"weight of {name}: its scales lie along axis {layers[name].axis}, the graph's along {attributes['axis']}")
+        elif layer.axis != attributes["axis"]:
+            raise NetworkError(f"weight of {name}: its scales lie along axis {layer.axis}, the graph's along {attributes['axis']}")
         if found != wanted:
             raise NetworkError(f"weight of {name}: codes and scales are {found}, the graph's {wanted}")
 

@@ -20,6 +20,7 @@ from ...engines.backends.cuda import gpu_capability
 from ...engines.errors import EngineError
 from ...engines.graphs import GRAPHS, Graph, Profile
 from ...engines.manifest import Limits, Segment
+from ..child_process import last_words
 from .engine import EngineJob
 from .graph import engine_interface, graph_for_target
 from .library import MODULES, SWITCH
@@ -30,7 +31,6 @@ __all__ = ["RTX_CAPABILITIES", "build_target", "check_targets"]
 # Compute capabilities that TensorRT for RTX builds for; without any it builds for 8.0, 8.6, 8.9 and from 12.0 on.
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 POLL_SECONDS = 0.1
-KILLED = -9  # by the system: SIGKILL, which Linux sends where memory runs out
 
 
 def check_targets(targets: Sequence[str], capabilities: Sequence[str]) -> None:
@@ -138,12 +138,9 @@ def _run(job: EngineJob, waiting: Callable[[], None]) -> dict[str, Any]:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         answer.seek(0)
-        complaints.seek(0)
-        lines, errors = answer.read().decode().splitlines(), complaints.read().decode(errors="replace").strip().splitlines()
-    graph = Path(job.log).stem
-    if not lines:
-        code = f"exit code {process.returncode}" + (", as when memory runs out" if process.returncode == KILLED else "")
-        raise EngineError(f"{job.target} died building the {graph} graph ({errors[-1] if errors else code})")
+        lines, graph = answer.read().decode().splitlines(), Path(job.log).stem
+        if not lines:
+            raise EngineError(f"{job.target} died building the {graph} graph ({last_words(complaints, process.returncode)})")
     result: dict[str, Any] = json.loads(lines[-1])
     if "errno" in result:
         raise OSError(result["errno"], os.strerror(result["errno"]), job.engine)

@@ -89,8 +89,9 @@ def test_other_survivors_are_not_taken_for_rounding(engine: Engine) -> None:
     item, other = VerifyInput(picture(6, 5), PROMPT), VerifyInput(picture(6, 5, 3), PROMPT)
     exact = session.prepare(item.prompt, [item.image])
     logits = session.prefill(exact).logits
-    assert verify._rounding(session, item, exact, logits + 0.25) == pytest.approx(0.25)
-    assert verify._rounding(session, other, exact, logits + 0.25) == 0.0
+    eager = verify._Memory(session)
+    assert verify._rounding(eager, item, exact, logits + 0.25) == pytest.approx(0.25)
+    assert verify._rounding(eager, other, exact, logits + 0.25) == 0.0
 
 
 def test_importance_that_is_held_leaves_out_what_is_protected() -> None:
