@@ -17,7 +17,7 @@ from torch import Tensor
 from .node import emit, function_body, is_tracing, length_vector
 from .torch_ops import register
 
-__all__ = ["FUNCTIONS", "WEIGHT_FLOOR", "gather_tokens", "keep_top", "keep_top_per_cell", "merge_tokens"]
+__all__ = ["FUNCTIONS", "MEMBERS", "WEIGHT_FLOOR", "count_members", "gather_tokens", "keep_top", "keep_top_per_cell", "merge_tokens"]
 
 Size = int | torch.SymInt
 
@@ -44,7 +44,7 @@ def _reference_keep_top(key: Tensor, survivors: Tensor) -> Tensor:
     return order[: survivors.shape[0]].sort().values
 
 
-def keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, count: Size) -> tuple[Tensor, Tensor]:
+def keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, count: Size) -> tuple[Tensor, Tensor, Tensor]:
     """Survivors of an exact budget with one representative a grid cell, and where every token goes.
 
     With M = ``count`` and C cells, the K0 = max(0, M − C) most important tokens are kept; of the rest, the most important token of
@@ -55,18 +55,18 @@ def keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, count: Si
         importance: float32 [N]; cell: int64 [N], cell of each token; cells: int64 [C] = 0, 1, …, C − 1.
 
     Returns:
-        index int64 [M] ascending, and slot int64 [N]: the place in ``index`` of the survivor that a token is merged into (its
-        own for a survivor), −1 where the cell's representative did not survive.
+        index int64 [M] ascending; slot int64 [N]: the place in ``index`` of the survivor that a token is merged into (its
+        own for a survivor), −1 where the cell's representative did not survive; members int64 [M]: how many tokens have each slot.
     """
     if is_tracing():
-        outputs = [(torch.int64, (count,)), (torch.int64, importance.shape)]
-        index, slot = emit("KeepTopPerCell", (importance, cell, cells, length_vector(count, importance)), {}, outputs)
-        return index, slot
-    index, slot = _keep_top_per_cell(importance, cell, cells, length_vector(count, importance))
-    return index, slot
+        outputs = [(torch.int64, (count,)), (torch.int64, importance.shape), (torch.int64, (count,))]
+        index, slot, members = emit("KeepTopPerCell", (importance, cell, cells, length_vector(count, importance)), {}, outputs)
+        return index, slot, members
+    index, slot, members = _keep_top_per_cell(importance, cell, cells, length_vector(count, importance))
+    return index, slot, members
 
 
-def _reference_keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, survivors: Tensor) -> tuple[Tensor, Tensor]:
+def _reference_keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, survivors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = survivors.shape[0]
     tokens, cell_total = importance.shape[0], cells.shape[0]
     order = torch.sort(importance, descending=True, stable=True).indices
@@ -79,29 +79,37 @@ def _reference_keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor
     index = key.topk(count).indices.sort().values
     place = torch.full((tokens,), -1, device=rank.device).scatter_(0, index, torch.arange(count, device=rank.device))
     cell_place = torch.full((cell_total,), -1, device=rank.device).scatter_reduce_(0, cell, torch.where(representative, place, -1), "amax")
-    return index, torch.where(place >= 0, place, cell_place[cell])
+    slot = torch.where(place >= 0, place, cell_place[cell])
+    return index, slot, count_members(slot, count)
 
 
-def merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def count_members(slot: Tensor, survivors: int) -> Tensor:
+    """How many tokens have each slot: int64 [survivors] from slot int64 [N], where −1 counts nowhere. Not for tracing."""
+    return torch.bincount(slot[slot >= 0], minlength=survivors)
+
+
+def merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     """Survivors with what was merged into them.
 
     Args:
-        features: [N, F]; importance: float32 [N]; index: int64 [M]; slot: int64 [N], both from ``keep_top_per_cell``.
+        features: [N, F]; importance: float32 [N]; index: int64 [M]; slot: int64 [N]; members: int64 [M], these three from ``keep_top_per_cell``.
 
     Returns:
-        merged [M, F] (dtype of ``features``; a survivor without members is copied bit for bit), the summed importance of
-        each survivor's members float32 [M], and the number of members int64 [M], itself included.
+        merged [M, F] (dtype of ``features``; a survivor alone is copied bit for bit) and the summed importance of each survivor's
+        members float32 [M].
     """
     if is_tracing():
         survivors = index.shape[0]
-        outputs = [(features.dtype, (survivors, features.shape[1])), (torch.float32, (survivors,)), (torch.int64, (survivors,))]
-        merged, summed, members = emit("MergeTokens", (features, importance, index, slot), {"floor": WEIGHT_FLOOR}, outputs)
-        return merged, summed, members
-    merged, summed, members = _merge_tokens(features, importance, index, slot, WEIGHT_FLOOR)
-    return merged, summed, members
+        outputs = [(features.dtype, (survivors, features.shape[1])), (torch.float32, (survivors,))]
+        merged, summed = emit("MergeTokens", (features, importance, index, slot, members), {"floor": WEIGHT_FLOOR}, outputs)
+        return merged, summed
+    merged, summed = _merge_tokens(features, importance, index, slot, members, WEIGHT_FLOOR)
+    return merged, summed
 
 
-def _reference_merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_merge_tokens(
+    features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, floor: float
+) -> tuple[Tensor, Tensor]:
     survivors = index.shape[0]
     taken = slot >= 0
     target = slot[taken]
@@ -111,8 +119,7 @@ def _reference_merge_tokens(features: Tensor, importance: Tensor, index: Tensor,
     merged = features.new_zeros(survivors, features.shape[1], dtype=torch.float32)
     merged.index_add_(0, target, features[taken].float() * share[:, None])
     summed = importance.new_zeros(survivors).index_add_(0, target, importance[taken])
-    members = torch.bincount(target, minlength=survivors)
-    return torch.where(members[:, None] > 1, merged.to(features.dtype), features[index]), summed, members
+    return torch.where(members[:, None] > 1, merged.to(features.dtype), features[index]), summed
 
 
 def gather_tokens(hidden: Tensor, cos: Tensor, sin: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,18 +158,17 @@ _keep_top = register(
     "selection_kernels:KEEP_TOP",
 )
 _keep_top_per_cell = register(
-    "keep_top_per_cell(Tensor importance, Tensor cell, Tensor cells, Tensor survivors) -> (Tensor, Tensor)",
+    "keep_top_per_cell(Tensor importance, Tensor cell, Tensor cells, Tensor survivors) -> (Tensor, Tensor, Tensor)",
     _reference_keep_top_per_cell,
-    lambda importance, cell, cells, survivors: (cell.new_empty(survivors.shape), cell.new_empty(cell.shape)),
+    lambda importance, cell, cells, survivors: (cell.new_empty(survivors.shape), cell.new_empty(cell.shape), cell.new_empty(survivors.shape)),
     "selection_kernels:KEEP_TOP_PER_CELL",
 )
 _merge_tokens = register(
-    "merge_tokens(Tensor features, Tensor importance, Tensor index, Tensor slot, float floor) -> (Tensor, Tensor, Tensor)",
+    "merge_tokens(Tensor features, Tensor importance, Tensor index, Tensor slot, Tensor members, float floor) -> (Tensor, Tensor)",
     _reference_merge_tokens,
-    lambda features, importance, index, slot, floor: (
+    lambda features, importance, index, slot, members, floor: (
         features.new_empty(index.shape[0], features.shape[1]),
         importance.new_empty(index.shape),
-        index.new_empty(index.shape),
     ),
     "compaction_kernels:MERGE_TOKENS",
 )
@@ -182,8 +188,22 @@ KeepTop (key, survivors) => (index) {
 }
 """)
 
-KEEP_TOP_PER_CELL = function_body("""
-KeepTopPerCell (importance, cell, cells, survivors) => (index, slot) {
+# Of a cell's tokens, those that do not survive themselves are members of its representative, if that survives.
+MEMBERS = """
+    lost = Not(survives)
+    lost_row = Unsqueeze(lost, zero)
+    lost_here = And(inside, lost_row)
+    lost_int = Cast <to: int = 7>(lost_here)
+    cell_lost = ReduceSum <keepdims: int = 0>(lost_int, one)
+    token_lost = Gather <axis: int = 0>(cell_lost, cell)
+    own_members = Where(is_target, token_lost, zero)
+    survivor_lost = Gather <axis: int = 0>(own_members, index)
+    members = Add(survivor_lost, one)
+"""
+
+KEEP_TOP_PER_CELL = function_body(
+    """
+KeepTopPerCell (importance, cell, cells, survivors) => (index, slot, members) {
     count = Shape(survivors)
     tokens = Shape(importance)
     cell_total = Shape(cells)
@@ -232,11 +252,13 @@ KeepTopPerCell (importance, cell, cells, survivors) => (index, slot) {
     cell_place = ReduceMax <keepdims: int = 0>(targets, one)
     merged_place = Gather <axis: int = 0>(cell_place, cell)
     slot = Where(survives, place, merged_place)
-}
-""")
+"""
+    + MEMBERS
+    + "}"
+)
 
 MERGE_TOKENS = function_body("""
-MergeTokens <floor: float>(features, importance, index, slot) => (merged, summed, members) {
+MergeTokens <floor: float>(features, importance, index, slot, members) => (merged, summed) {
     zero = Constant <value_ints: ints = [0]>()
     one = Constant <value_ints: ints = [1]>()
     start = Constant <value_int: int = 0>()
@@ -248,8 +270,6 @@ MergeTokens <floor: float>(features, importance, index, slot) => (merged, summed
     slot_row = Unsqueeze(slot, zero)
     inside = Equal(slots_column, slot_row)
     inside_float = Cast <to: int = 1>(inside)
-    inside_int = Cast <to: int = 7>(inside)
-    members = ReduceSum <keepdims: int = 0>(inside_int, one)
 
     zero_float = Constant <value_float: float = 0.0>()
     floor_value = Constant <value_float: float = @floor>()

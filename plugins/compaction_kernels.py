@@ -1,7 +1,8 @@
 """What becomes of the tokens, on the GPU (definitions in ``compaction.py``): one pass over the features.
 
-``merge_tokens``: one program a survivor and tile of columns. It looks through ``slot`` for its members in chunks and reads the rows of these
-alone, so every feature is read once and written once; sums run in index order, so results repeat bit for bit.
+``merge_tokens``: one program a survivor and tile of columns. Most survivors are alone and are copied; the others look through ``slot`` for their
+members in chunks, gather these by their number within the chunk, and read their rows alone, so every feature is read once and written once; sums
+run in index order, so results repeat bit for bit.
 ``gather_tokens``: one program a survivor and row of the batch copies all that travels along the sequence.
 """
 
@@ -22,41 +23,41 @@ MAX_TILE = 4096  # columns that a program moves at once: 16-byte loads of 4 a th
 
 @triton.jit
 def merge_tokens_kernel(
-    features, importance, index, slot, tokens, merged, summed, members,
+    features, importance, index, slot, members, tokens, merged, summed,
     F: tl.constexpr, FLOOR: tl.constexpr, TILE: tl.constexpr, SCAN_TILE: tl.constexpr, ROW_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Σ w x / Σ w over a survivor and its members, w = max(s, 0) + ε; without members the row is copied bit for bit."""
+    """Σ w x / Σ w over a survivor and its members, w = max(s, 0) + ε; a survivor alone is copied bit for bit."""
     survivor = tl.program_id(0)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    target = merged + survivor.to(tl.int64) * F + column
     own = tl.load(index + survivor)
-    own_row = tl.load(features + own * F + column, mask=column < F, other=0.0)
-    own_importance = tl.load(importance + own)
-    total_weight = tl.maximum(own_importance, 0.0) + FLOOR
-    total = own_row.to(tl.float32) * total_weight
-    total_importance = own_importance
-    count = 1
-    for start in range(0, tokens, SCAN_TILE):
-        token = start + tl.arange(0, SCAN_TILE)
-        mine = (tl.load(slot + token, mask=token < tokens, other=-1) == survivor) & (token != own)
-        found = tl.sum(mine.to(tl.int32), 0)
-        if found > 0:
-            count += found
-            for first in range(start, tl.minimum(start + SCAN_TILE, tokens), ROW_TILE):
-                row = first + tl.arange(0, ROW_TILE)
-                member = (tl.load(slot + row, mask=row < tokens, other=-1) == survivor) & (row != own)
-                if tl.sum(member.to(tl.int32), 0) > 0:
-                    score = tl.load(importance + row, mask=member, other=0.0)
-                    weight = tl.where(member, tl.maximum(score, 0.0) + FLOOR, 0.0)
-                    inside = member[:, None] & (column[None, :] < F)
+    if tl.load(members + survivor) == 1:
+        tl.store(target, tl.load(features + own * F + column, mask=column < F), mask=column < F)
+        if tl.program_id(1) == 0:
+            tl.store(summed + survivor, tl.load(importance + own))
+    else:
+        total = tl.zeros((TILE,), tl.float32)
+        total_weight = 0.0
+        total_importance = 0.0
+        for start in range(0, tokens, SCAN_TILE):
+            token = start + tl.arange(0, SCAN_TILE)
+            mine = (tl.load(slot + token, mask=token < tokens, other=-1) == survivor).to(tl.int32)
+            found = tl.sum(mine, 0)
+            if found > 0:
+                seen = tl.cumsum(mine, 0)
+                for first in range(0, found, ROW_TILE):
+                    number = first + tl.arange(0, ROW_TILE)
+                    row = start + tl.sum((seen[None, :] <= number[:, None]).to(tl.int32), 1)  # the number-th member of this chunk
+                    score = tl.load(importance + row, mask=number < found, other=0.0)
+                    weight = tl.where(number < found, tl.maximum(score, 0.0) + FLOOR, 0.0)
+                    inside = (number < found)[:, None] & (column[None, :] < F)
                     rows = tl.load(features + row.to(tl.int64)[:, None] * F + column[None, :], mask=inside, other=0.0)
                     total += tl.sum(rows.to(tl.float32) * weight[:, None], 0)
                     total_weight += tl.sum(weight, 0)
                     total_importance += tl.sum(score, 0)
-    mixed = (total / total_weight).to(own_row.dtype)
-    tl.store(merged + survivor.to(tl.int64) * F + column, tl.where(count > 1, mixed, own_row), mask=column < F)
-    if tl.program_id(1) == 0:
-        tl.store(summed + survivor, total_importance)
-        tl.store(members + survivor, count)
+        tl.store(target, (total / total_weight).to(merged.dtype.element_ty), mask=column < F)
+        if tl.program_id(1) == 0:
+            tl.store(summed + survivor, total_importance)
 
 
 @triton.jit
@@ -85,8 +86,8 @@ def gather_tokens_kernel(
 
 
 def _merge_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    tile = min(triton.next_power_of_2(values["F"]), 1024)
-    return {"F": values["F"], "FLOOR": values["floor"], "TILE": tile, "SCAN_TILE": 1024, "ROW_TILE": 16}
+    tile = min(triton.next_power_of_2(values["F"]), 512)
+    return {"F": values["F"], "FLOOR": values["floor"], "TILE": tile, "SCAN_TILE": 256, "ROW_TILE": 32}
 
 
 def _gather_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -102,9 +103,10 @@ MERGE_TOKENS = KernelSpec(
         ArgumentSpec("importance", "float32", ("N",)),
         ArgumentSpec("index", "int64", ("M",)),
         ArgumentSpec("slot", "int64", ("N",)),
+        ArgumentSpec("members", "int64", ("M",)),
     ),
     sizes={"tokens": "N"},
-    outputs=(ArgumentSpec("merged", "T", ("M", "F")), ArgumentSpec("summed", "float32", ("M",)), ArgumentSpec("members", "int64", ("M",))),
+    outputs=(ArgumentSpec("merged", "T", ("M", "F")), ArgumentSpec("summed", "float32", ("M",))),
     grid=("M", "(F + TILE - 1) // TILE", "1"),
     constants=_merge_constants,
     static=("F",),

@@ -13,31 +13,22 @@ import triton
 import triton.language as tl
 
 from .contract import ArgumentSpec, KernelSpec
-from .importance_kernels import LOG2_E, MIN_DOT_WIDTH, load_rows, product_constants
+from .importance_kernels import LOG2_E, MIN_DOT_WIDTH, add_keys, dot_rows, load_rows, product_constants
 
 __all__ = ["KERNELS", "LAST_TOKEN_ATTENTION"]
-
-
-@triton.jit
-def _scores(query_high, query_low, key, column, length, D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr):
-    """q·k of one run of heads that share a key head: [heads, columns]."""
-    scores = tl.dot(query_high, tl.trans(load_rows(key, column, length, D, 0, HIGH, TYPE)), input_precision="ieee")
-    if LOW > 0:
-        scores = tl.dot(query_low, tl.trans(load_rows(key, column, length, D, HIGH, LOW, TYPE)), scores, input_precision="ieee")
-    return scores
 
 
 @triton.jit
 def last_token_attention_kernel(
     query, key, is_visual, length, attention,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr, SCALE: tl.constexpr,
-    HEAD_TILE: tl.constexpr, TILE: tl.constexpr,
+    HEAD_TILE: tl.constexpr, TILE: tl.constexpr, OWN_TILE: tl.constexpr,
 ):  # fmt: skip
-    """g_j = mean_h softmax_j(scale · q_h·k_j) over the visual j, for TILE columns."""
-    own = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    """g_j = mean_h softmax_j(scale · q_h·k_j) over the visual j, for OWN_TILE columns; scale > 0."""
+    own = tl.program_id(0) * OWN_TILE + tl.arange(0, OWN_TILE)
     own_visual = tl.load(is_visual + own, mask=own < length, other=0) != 0
     head = tl.arange(0, HEAD_TILE)
-    total = tl.zeros((TILE,), tl.float32)
+    total = tl.zeros((OWN_TILE,), tl.float32)
     for key_head in range(0, KV):
         query_head = query + key_head * (H // KV) * D
         keys = key + key_head * length * D
@@ -50,15 +41,11 @@ def last_token_attention_kernel(
         for start in range(0, length, TILE):
             column = start + tl.arange(0, TILE)
             visual = tl.load(is_visual + column, mask=column < length, other=0) != 0
-            scores = _scores(query_high, query_low, keys, column, length, D, HIGH, LOW, TYPE) * (SCALE * LOG2_E)
-            scores = tl.where(visual[None, :], scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, 1))
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no visual token yet
-            denominator = denominator * tl.exp2(peak - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
-            peak = new_peak
-        scores = _scores(query_high, query_low, keys, own, length, D, HIGH, LOW, TYPE) * (SCALE * LOG2_E)
+            scores = dot_rows(query_high, query_low, keys, column, length, D, HIGH, LOW, TYPE)
+            peak, denominator = add_keys(peak, denominator, tl.where(visual[None, :], scores, float("-inf")), SCALE * LOG2_E)
+        scores = dot_rows(query_high, query_low, keys, own, length, D, HIGH, LOW, TYPE)
         counts = own_visual[None, :] & (head[:, None] < H // KV)
-        share = tl.exp2(scores - peak[:, None]) / denominator[:, None]
+        share = tl.exp2((scores - peak[:, None]) * (SCALE * LOG2_E)) / denominator[:, None]
         total += tl.sum(tl.where(counts, share, 0.0), 0)
     tl.store(attention + own, total / H, mask=own < length)
 
@@ -66,7 +53,8 @@ def last_token_attention_kernel(
 def _constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
     head_tile = max(triton.next_power_of_2(values["H"] // values["KV"]), MIN_DOT_WIDTH)
     heads = {"H": values["H"], "KV": values["KV"], "HEAD_TILE": head_tile}
-    return {**heads, **product_constants(values["D"], precision), "SCALE": values["scale"], "TILE": 16 if precision == "fp32" else 64}
+    tiles = {"TILE": 16, "OWN_TILE": 16} if precision == "fp32" else {"TILE": 64, "OWN_TILE": 64}
+    return {**heads, **product_constants(values["D"], precision), "SCALE": values["scale"], **tiles}
 
 
 LAST_TOKEN_ATTENTION = KernelSpec(
@@ -79,9 +67,10 @@ LAST_TOKEN_ATTENTION = KernelSpec(
     ),
     sizes={"length": "S"},
     outputs=(ArgumentSpec("attention", "float32", ("S",)),),
-    grid=("(S + TILE - 1) // TILE", "1", "1"),
+    grid=("(S + OWN_TILE - 1) // OWN_TILE", "1", "1"),
     constants=_constants,
     static=("H", "KV", "D"),
     attributes=("scale",),
+    num_stages=3,
 )
 KERNELS = (LAST_TOKEN_ATTENTION,)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .contract import ArgumentSpec, KernelSpec
 
-__all__ = ["KERNELS", "MASKED_COLUMN_MEAN", "ROW_LOG_SUM_EXP", "load_rows", "product_constants"]
+__all__ = ["KERNELS", "MASKED_COLUMN_MEAN", "ROW_LOG_SUM_EXP", "add_keys", "dot_rows", "load_rows", "product_constants"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -35,11 +35,38 @@ def product_constants(width: int, precision: str) -> dict[str, Any]:
 
 
 @triton.jit
-def load_rows(matrix, rows, row_total, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
-    """Columns FIRST … FIRST + WIDTH of some rows of a matrix [row_total, D]; zeros outside. → TYPE [rows, WIDTH]"""
+def load_rows(matrix, rows, row_total, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, INSIDE: tl.constexpr = False):
+    """Columns FIRST … FIRST + WIDTH of some rows of a matrix [row_total, D]; zeros outside. INSIDE: all rows exist. → TYPE [rows, WIDTH]"""
     columns = FIRST + tl.arange(0, WIDTH)
-    inside = (rows[:, None] < row_total) & (columns[None, :] < D)
-    return tl.load(matrix + rows[:, None] * D + columns[None, :], mask=inside, other=0.0).to(TYPE)
+    address = matrix + rows[:, None] * D + columns[None, :]
+    if FIRST + WIDTH <= D:
+        if INSIDE:
+            return tl.load(address).to(TYPE)
+        return tl.load(address, mask=rows[:, None] < row_total, other=0.0).to(TYPE)
+    if INSIDE:
+        return tl.load(address, mask=columns[None, :] < D, other=0.0).to(TYPE)
+    return tl.load(address, mask=(rows[:, None] < row_total) & (columns[None, :] < D), other=0.0).to(TYPE)
+
+
+@triton.jit
+def dot_rows(
+    high, low, matrix, rows, row_total, D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr, INSIDE: tl.constexpr = False
+):
+    """Products of rows in two parts with rows of a matrix [row_total, D]. → float32 [rows of high, rows]"""
+    product = tl.dot(high, tl.trans(load_rows(matrix, rows, row_total, D, 0, HIGH, TYPE, INSIDE)), input_precision="ieee")
+    if LOW > 0:
+        product = tl.dot(low, tl.trans(load_rows(matrix, rows, row_total, D, HIGH, LOW, TYPE, INSIDE)), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def add_keys(peak, total, scores, SCALE: tl.constexpr):
+    """More scores for the running maximum and the sum of exponentials under it. → both, float32 [rows]"""
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key of its segment yet
+    # The difference first: a fused multiply-add of two rounded products would not be 0 where the peak stays, and would add up over the keys.
+    total = total * tl.exp2((peak - base) * SCALE) + tl.sum(tl.exp2(scores * SCALE - (base * SCALE)[:, None]), 1)
+    return new_peak, total
 
 
 @triton.jit
@@ -48,75 +75,95 @@ def row_log_sum_exp_kernel(
     D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr, SCALE: tl.constexpr,
     ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr,
 ):  # fmt: skip
-    """λ = log Σ_j exp(scale · q·k_j) for ROW_TILE rows of one head, streaming over the keys with a running maximum."""
+    """λ = log Σ_j exp(scale · q·k_j) for ROW_TILE rows of one head, streaming over the keys with a running maximum; scale > 0."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
     query += head * rows * D
     key += head * patches * D
     query_high = load_rows(query, row, rows, D, 0, HIGH, TYPE)
+    query_low = query_high
     if LOW > 0:
         query_low = load_rows(query, row, rows, D, HIGH, LOW, TYPE)
     if segment is not None:
         row_segment = tl.load(segment + row, mask=row < rows, other=-1)
     peak = tl.full((ROW_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((ROW_TILE,), tl.float32)
-    for start in range(0, patches, COLUMN_TILE):
+    whole = patches // COLUMN_TILE * COLUMN_TILE
+    for start in range(0, whole, COLUMN_TILE):
         column = start + tl.arange(0, COLUMN_TILE)
-        scores = tl.dot(query_high, tl.trans(load_rows(key, column, patches, D, 0, HIGH, TYPE)), input_precision="ieee")
-        if LOW > 0:
-            scores = tl.dot(query_low, tl.trans(load_rows(key, column, patches, D, HIGH, LOW, TYPE)), scores, input_precision="ieee")
+        scores = dot_rows(query_high, query_low, key, column, patches, D, HIGH, LOW, TYPE, INSIDE=True)
+        if segment is not None:
+            scores = tl.where(row_segment[:, None] == tl.load(segment + column)[None, :], scores, float("-inf"))
+        peak, total = add_keys(peak, total, scores, SCALE * LOG2_E)
+    if whole < patches:
+        column = whole + tl.arange(0, COLUMN_TILE)
+        scores = dot_rows(query_high, query_low, key, column, patches, D, HIGH, LOW, TYPE)
         visible = column[None, :] < patches
         if segment is not None:
             visible &= row_segment[:, None] == tl.load(segment + column, mask=column < patches, other=-2)[None, :]
-        scores = tl.where(visible, scores * (SCALE * LOG2_E), float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key of its segment yet
-        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
-        peak = new_peak
-    tl.store(row_lse + head * rows + row, (peak + tl.log2(total)) * LN_2, mask=row < rows)
+        peak, total = add_keys(peak, total, tl.where(visible, scores, float("-inf")), SCALE * LOG2_E)
+    tl.store(row_lse + head * rows + row, (peak * (SCALE * LOG2_E) + tl.log2(total)) * LN_2, mask=row < rows)
+
+
+@triton.jit
+def _masked_rows(row_mask, rows, SCAN_TILE: tl.constexpr):
+    """How many rows are masked, and behind the last of them."""
+    count = 0
+    end = 0
+    for start in range(0, rows, SCAN_TILE):
+        row = start + tl.arange(0, SCAN_TILE)
+        mask = tl.load(row_mask + row, mask=row < rows, other=0).to(tl.int32)
+        count += tl.sum(mask, 0)
+        end = tl.maximum(end, tl.max(mask * (row + 1), 0))
+    return count, end
 
 
 @triton.jit
 def masked_column_mean_kernel(
     query, key, row_lse, row_mask, segment, rows, patches, column_mean,
     D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr, SCALE: tl.constexpr,
-    ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, SCAN_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k m_k exp(scale · q_k·k_j − λ_k) / Σ_k m_k for COLUMN_TILE columns of one head; tiles without a masked row are skipped."""
+    """Σ_k m_k exp(scale · q_k·k_j − λ_k) / Σ_k m_k for COLUMN_TILE columns of one head; nothing is computed behind the last masked row."""
     head = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMN_TILE + tl.arange(0, COLUMN_TILE)
     query += head * rows * D
     key += head * patches * D
     row_lse += head * rows
     key_high = load_rows(key, column, patches, D, 0, HIGH, TYPE)
+    key_low = key_high
     if LOW > 0:
         key_low = load_rows(key, column, patches, D, HIGH, LOW, TYPE)
     if segment is not None:
         column_segment = tl.load(segment + column, mask=column < patches, other=-1)
+    masked_rows, end = _masked_rows(row_mask, rows, SCAN_TILE)
     total = tl.zeros((COLUMN_TILE,), tl.float32)
-    masked_rows = 0
-    for start in range(0, rows, ROW_TILE):
+    for start in range(0, end, ROW_TILE):
         row = start + tl.arange(0, ROW_TILE)
-        mask = tl.load(row_mask + row, mask=row < rows, other=0).to(tl.int32)
-        found = tl.sum(mask, 0)
-        if found > 0:
-            scores = tl.dot(key_high, tl.trans(load_rows(query, row, rows, D, 0, HIGH, TYPE)), input_precision="ieee")
-            if LOW > 0:
-                scores = tl.dot(key_low, tl.trans(load_rows(query, row, rows, D, HIGH, LOW, TYPE)), scores, input_precision="ieee")
-            lse = tl.load(row_lse + row, mask=row < rows, other=0.0)
-            counts = mask[None, :] > 0
-            if segment is not None:
-                counts &= column_segment[:, None] == tl.load(segment + row, mask=row < rows, other=-2)[None, :]
-            attention = tl.exp2(scores * (SCALE * LOG2_E) - (lse * LOG2_E)[None, :])
-            total += tl.sum(tl.where(counts, attention, 0.0), 1)
-            masked_rows += found
+        scores = dot_rows(key_high, key_low, query, row, rows, D, HIGH, LOW, TYPE)
+        counts = tl.load(row_mask + row, mask=row < rows, other=0) != 0
+        lse = tl.load(row_lse + row, mask=row < rows, other=0.0)
+        base = tl.where(counts, lse * LOG2_E, float("inf"))  # exp2(−inf) is 0
+        attention = tl.exp2(scores * (SCALE * LOG2_E) - base[None, :])
+        if segment is not None:
+            same = column_segment[:, None] == tl.load(segment + row, mask=row < rows, other=-2)[None, :]
+            attention = tl.where(same, attention, 0.0)
+        total += tl.sum(attention, 1)
     tl.store(column_mean + head * patches + column, total / masked_rows, mask=column < patches)
 
 
-def _constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    # Shared memory stays under 48 KiB at two stages.
-    row_tile, column_tile = (32, 32) if precision == "fp32" else (64, 64 if values["D"] <= MAX_WIDE_TILE else 32)
+def _constants(values: Mapping[str, Any], precision: str, wide: tuple[int, int], narrow: tuple[int, int]) -> dict[str, Any]:
+    """Tiles of rows and columns: fastest on an H200 (docs/benchmarks.md) of those that stay under 48 KiB of shared memory."""
+    row_tile, column_tile = (32, 32) if precision == "fp32" else wide if values["D"] <= MAX_WIDE_TILE else narrow
     return {**product_constants(values["D"], precision), "SCALE": values["scale"], "ROW_TILE": row_tile, "COLUMN_TILE": column_tile}
+
+
+def _row_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    return _constants(values, precision, (64, 64), (64, 32))
+
+
+def _column_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    return {**_constants(values, precision, (64, 128), (32, 64)), "SCAN_TILE": 1024}
 
 
 QUERY = ArgumentSpec("query", "T", ("H", "R", "D"))
@@ -130,9 +177,10 @@ ROW_LOG_SUM_EXP = KernelSpec(
     sizes={"rows": "R", "patches": "P"},
     outputs=(ArgumentSpec("row_lse", "float32", ("H", "R")),),
     grid=("(R + ROW_TILE - 1) // ROW_TILE", "H", "1"),
-    constants=_constants,
+    constants=_row_constants,
     static=("D",),
     attributes=("scale",),
+    num_stages=3,
 )
 MASKED_COLUMN_MEAN = KernelSpec(
     op="MaskedColumnMean",
@@ -141,7 +189,7 @@ MASKED_COLUMN_MEAN = KernelSpec(
     sizes={"rows": "R", "patches": "P"},
     outputs=(ArgumentSpec("column_mean", "float32", ("H", "P")),),
     grid=("(P + COLUMN_TILE - 1) // COLUMN_TILE", "H", "1"),
-    constants=_constants,
+    constants=_column_constants,
     static=("D",),
     attributes=("scale",),
 )

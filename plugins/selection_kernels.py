@@ -17,7 +17,7 @@ from .contract import ArgumentSpec, KernelSpec
 
 __all__ = ["KEEP_TOP", "KEEP_TOP_PER_CELL", "KERNELS"]
 
-DIGITS = tl.constexpr(16)  # each of 8 passes settles 4 bits of the threshold, trying 16 candidates at once
+DIGITS = tl.constexpr(256)  # each of 4 passes settles 8 bits of the threshold
 LOWEST = tl.constexpr(-(1 << 31))
 KEPT, REPRESENTATIVE, REST = tl.constexpr(2), tl.constexpr(1), tl.constexpr(0)
 RANK_SPAN = tl.constexpr(1 << 32)  # a token's rank within a cell is one int64: ordered bits above, complement of the index below
@@ -47,23 +47,21 @@ def _in_class(slot, token, tokens, wanted, HAS_CLASSES: tl.constexpr):
 @triton.jit
 def _threshold(values, slot, tokens, wanted, count, HAS_CLASSES: tl.constexpr, TILE: tl.constexpr):
     """The ``count``-th largest key of a class (any, where count is 0), and how many keys equal to it are among the first ``count``."""
-    threshold = tl.full((), LOWEST, tl.int64)
     digit = tl.arange(0, DIGITS)
-    for shift in range(28, -1, -4):
-        candidate = threshold + (digit.to(tl.int64) << shift)  # [16]
-        reached = tl.zeros((DIGITS,), tl.int32)
+    prefix = tl.full((), 0, tl.int64)
+    left = count
+    for shift in tl.static_range(24, -1, -8):
+        counts = tl.zeros((DIGITS,), tl.int32)
         for start in range(0, tokens, TILE):
             token = start + tl.arange(0, TILE)
-            eligible = _in_class(slot, token, tokens, wanted, HAS_CLASSES)
-            bits = _ordered_bits(values, token, tokens)
-            reached += tl.sum((eligible[None, :] & (bits[None, :] >= candidate[:, None])).to(tl.int32), 1)
-        chosen = tl.sum(((reached >= count) & (digit > 0)).to(tl.int32), 0)  # counts fall with the digit
-        threshold += chosen.to(tl.int64) << shift
-    above = 0
-    for start in range(0, tokens, TILE):
-        token = start + tl.arange(0, TILE)
-        above += tl.sum((_in_class(slot, token, tokens, wanted, HAS_CLASSES) & (_ordered_bits(values, token, tokens) > threshold)).to(tl.int32), 0)
-    return threshold, count - above
+            bits = _ordered_bits(values, token, tokens) - LOWEST  # from 0
+            eligible = _in_class(slot, token, tokens, wanted, HAS_CLASSES) & ((bits >> (shift + 8)) == prefix)
+            counts += tl.histogram(((bits >> shift) & (DIGITS - 1)).to(tl.int32), DIGITS, mask=eligible)
+        reached = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts  # keys of this digit or a larger one
+        chosen = tl.max(tl.where(reached >= left, digit, 0), 0)
+        left -= tl.sum(tl.where(digit > chosen, counts, 0), 0)
+        prefix = prefix * DIGITS + chosen
+    return prefix + LOWEST, left
 
 
 @triton.jit
@@ -86,8 +84,9 @@ def keep_top_kernel(key, survivors, tokens, count, index, TILE: tl.constexpr):
 
 @triton.jit
 def keep_top_per_cell_kernel(
-    importance, cell, cells, survivors, tokens, cell_total, count, index, slot, TILE: tl.constexpr, CELL_TILE: tl.constexpr, NARROW_TILE: tl.constexpr
-):
+    importance, cell, cells, survivors, tokens, cell_total, count, index, slot, members,
+    TILE: tl.constexpr, CELL_TILE: tl.constexpr, NARROW_TILE: tl.constexpr,
+):  # fmt: skip
     """Kept tokens, then one representative a cell, then the rest; ``slot`` holds the class, then place and class, then the result."""
     # Kept: the K0 = max(0, count − cells) most important.
     kept_total = tl.maximum(count - cell_total, 0)
@@ -107,14 +106,15 @@ def keep_top_per_cell_kernel(
     representatives = 0
     for first in range(0, cell_total, CELL_TILE):
         number = first + tl.arange(0, CELL_TILE)
-        best = tl.full((CELL_TILE,), NO_RANK, tl.int64)
+        best_so_far = tl.full((CELL_TILE, NARROW_TILE), NO_RANK, tl.int64)
         for start in range(0, tokens, NARROW_TILE):
             token = start + tl.arange(0, NARROW_TILE)
             free = _in_class(slot, token, tokens, REST, True)
             home = tl.load(cell + token, mask=token < tokens, other=-1)
             rank = _ordered_bits(importance, token, tokens) * RANK_SPAN + (token ^ INDEX_MASK).to(tl.int64)
             mine = free[None, :] & (home[None, :] == number[:, None])
-            best = tl.maximum(best, tl.max(tl.where(mine, rank[None, :], NO_RANK), 1))
+            best_so_far = tl.maximum(best_so_far, tl.where(mine, rank[None, :], NO_RANK))
+        best = tl.max(best_so_far, 1)
         found = (best > NO_RANK) & (number < cell_total)
         winner = (best & INDEX_MASK) ^ INDEX_MASK
         tl.debug_barrier()  # nobody may still read the classes of this tile
@@ -140,6 +140,7 @@ def keep_top_per_cell_kernel(
         taken |= inside & (rank > contested)
         place = placed + tl.cumsum(taken.to(tl.int32), 0) - 1
         tl.store(index + place, token.to(tl.int64), mask=taken)
+        tl.store(members + place, tl.full((TILE,), 1, tl.int64), mask=taken)
         state = tl.where(taken, 2 * (place + 1), 0) + (rank == REPRESENTATIVE).to(tl.int32)
         tl.debug_barrier()
         tl.store(slot + token, state.to(tl.int64), mask=inside)
@@ -147,34 +148,38 @@ def keep_top_per_cell_kernel(
         placed += tl.sum(taken.to(tl.int32), 0)
     tl.debug_barrier()
 
-    # Everyone's slot: its own place, or that of its cell's representative, −1 where that did not survive.
+    # Everyone's slot: its own place, or that of its cell's representative, −1 where that did not survive; and the members of each of these.
     for first in range(0, cell_total, CELL_TILE):
         number = first + tl.arange(0, CELL_TILE)
-        target = tl.zeros((CELL_TILE,), tl.int64)
+        targets = tl.zeros((CELL_TILE, NARROW_TILE), tl.int32)
+        losses = tl.zeros((CELL_TILE, NARROW_TILE), tl.int32)
         for start in range(0, tokens, NARROW_TILE):
             token = start + tl.arange(0, NARROW_TILE)
             home = tl.load(cell + token, mask=token < tokens, other=-1)
-            state = tl.load(slot + token, mask=token < tokens, other=0)
-            mine = (home[None, :] == number[:, None]) & (state & 1 == 1)[None, :]
-            target = tl.maximum(target, tl.max(tl.where(mine, (state >> 1)[None, :], 0), 1))
+            state = tl.load(slot + token, mask=token < tokens, other=0).to(tl.int32)
+            mine = home[None, :] == number[:, None]
+            targets = tl.maximum(targets, tl.where(mine & (state & 1 == 1)[None, :], (state >> 1)[None, :], 0))
+            losses += (mine & (state <= 1)[None, :]).to(tl.int32)
+        target = tl.max(targets, 1)
+        tl.store(members + target - 1, (tl.sum(losses, 1) + 1).to(tl.int64), mask=target > 0)
         tl.debug_barrier()
         for start in range(0, tokens, NARROW_TILE):
             token = start + tl.arange(0, NARROW_TILE)
             home = tl.load(cell + token, mask=token < tokens, other=-1)
             state = tl.load(slot + token, mask=token < tokens, other=0)
             here = (token < tokens) & (home >= first) & (home < first + CELL_TILE)
-            homes_place = tl.max(tl.where(home[None, :] == number[:, None], target[:, None], 0), 0)
+            homes_place = tl.gather(target, tl.where(here, home - first, 0).to(tl.int32), 0)
             tl.debug_barrier()
             tl.store(slot + token, tl.where(state > 1, state >> 1, homes_place) - 1, mask=here)
         tl.debug_barrier()
 
 
 def _keep_top_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    return {"TILE": 1024}
+    return {"TILE": 2048}
 
 
 def _per_cell_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    return {"TILE": 1024, "CELL_TILE": 32, "NARROW_TILE": 256}
+    return {"TILE": 2048, "CELL_TILE": 32, "NARROW_TILE": 256}
 
 
 KEEP_TOP = KernelSpec(
@@ -185,7 +190,7 @@ KEEP_TOP = KernelSpec(
     outputs=(ArgumentSpec("index", "int64", ("M",)),),
     grid=("1", "1", "1"),
     constants=_keep_top_constants,
-    num_warps=16,
+    num_warps=8,
 )
 KEEP_TOP_PER_CELL = KernelSpec(
     op="KeepTopPerCell",
@@ -197,7 +202,7 @@ KEEP_TOP_PER_CELL = KernelSpec(
         ArgumentSpec("survivors", "int32", ("M",)),
     ),
     sizes={"tokens": "N", "cell_total": "C", "count": "M"},
-    outputs=(ArgumentSpec("index", "int64", ("M",)), ArgumentSpec("slot", "int64", ("N",))),
+    outputs=(ArgumentSpec("index", "int64", ("M",)), ArgumentSpec("slot", "int64", ("N",)), ArgumentSpec("members", "int64", ("M",))),
     grid=("1", "1", "1"),
     constants=_per_cell_constants,
     num_warps=16,

@@ -7,6 +7,7 @@ tokens; N² comparisons that a compiler fuses with their sum. ONNX Runtime, whic
 
 from __future__ import annotations
 
+from .compaction import MEMBERS
 from .node import function_body
 
 __all__ = ["FUNCTIONS", "TOP_K_LIMIT"]
@@ -54,7 +55,7 @@ KEEP_TOP = function_body(
 )
 
 KEEP_TOP_PER_CELL = function_body(
-    "KeepTopPerCell (importance, cell, cells, survivors) => (index, slot) {\n    count = Shape(survivors)"
+    "KeepTopPerCell (importance, cell, cells, survivors) => (index, slot, members) {\n    count = Shape(survivors)"
     + RANK.format(key="importance")
     + """
     cell_total = Shape(cells)
@@ -98,7 +99,9 @@ KEEP_TOP_PER_CELL = function_body(
     cell_place = ReduceMax <keepdims: int = 0>(targets, one)
     merged_place = Gather <axis: int = 0>(cell_place, cell)
     slot = Where(survives, place, merged_place)
-}"""
+"""
+    + MEMBERS
+    + "}"
 )
 
 FUNCTIONS = (KEEP_TOP, KEEP_TOP_PER_CELL)

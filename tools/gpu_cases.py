@@ -51,7 +51,7 @@ SIZES = {
     "tiny": Sizes(2, 24, 37, 21, 6, 4, 40, (6, 2), 16),
     "odd": Sizes(3, 80, 517, 131, 33, 7, 3584 - 24),
     "usual": Sizes(16, 80, 4096, 1024, 103, 9, 3584),
-    "large": Sizes(16, 80, 16384, 4096, 410, 28, 3584),
+    "large": Sizes(16, 80, 16384, 16384, 1638, 28, 3584),
 }
 
 
@@ -88,8 +88,16 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> 
         sizes, normal(sizes.heads, sizes.patches, sizes.head_dim) * 2, normal(sizes.heads, sizes.patches, sizes.head_dim), uniform
     )
     ties = (uniform(sizes.tokens) * sizes.tokens / 2).floor() / sizes.tokens  # about two tokens a value
-    compaction = _compaction_cases(sizes, ties, normal, torch.randint(0, sizes.cells, (sizes.tokens,), generator=generator).to(device))
+    compaction = _compaction_cases(sizes, ties, normal, _grid_cells(sizes).to(device))
     return [*scoring, *compaction, _guidance_case(sizes, normal, uniform), _entropy_case(sizes, dtype, uniform)]
+
+
+def _grid_cells(sizes: Sizes) -> Tensor:
+    """The cell of each token, tokens lying row by row in a grid that is about square, as cells do: int64 [tokens]."""
+    columns, across = math.isqrt(sizes.tokens), math.isqrt(sizes.cells)
+    row, column = torch.arange(sizes.tokens) // columns, torch.arange(sizes.tokens) % columns
+    down = sizes.cells // across
+    return row * down // (int(row[-1]) + 1) * across + column * across // columns
 
 
 def expected_row_lse(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -141,7 +149,7 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
     survivors = torch.zeros(sizes.survivors, dtype=torch.int32, device=device)
     cells = torch.arange(sizes.cells, device=device)
     on_cpu = importance.cpu()
-    index, slot = (x.to(device) for x in keep_top_per_cell(on_cpu, cell.cpu(), cells.cpu(), sizes.survivors))
+    index, slot, members = (x.to(device) for x in keep_top_per_cell(on_cpu, cell.cpu(), cells.cpu(), sizes.survivors))
     features = normal(sizes.tokens, sizes.hidden)
     hidden, cos, sin = normal(1, sizes.tokens, sizes.hidden), normal(1, sizes.tokens, 64), normal(1, sizes.tokens, 64)
     item = features.element_size()
@@ -151,9 +159,9 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
         weight = importance.double().clamp(min=0) + WEIGHT_FLOOR
         belongs = (slot[None, :] == torch.arange(sizes.survivors, device=device)[:, None]).double()
         shares = belongs * weight
-        return [shares / shares.sum(1, keepdim=True) @ features.double(), belongs @ importance.double(), belongs.sum(1).long()]
+        return [shares / shares.sum(1, keepdim=True) @ features.double(), belongs @ importance.double()]
 
-    def eager_merge(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    def eager_merge(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor) -> Tensor:
         taken = slot >= 0
         weight = torch.where(taken, importance.clamp(min=0) + WEIGHT_FLOOR, 0.0)
         target = slot.clamp(min=0)
@@ -175,17 +183,20 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
         return hidden[:, index], cos[:, index], sin[:, index], key[index]
 
     rows = sizes.tokens + sizes.survivors
-    kept = 2 * sizes.survivors * (sizes.hidden + 128) * item
+    half = (
+        torch.randperm(sizes.tokens, generator=torch.Generator().manual_seed(0))[: sizes.tokens // 2].sort().values.to(device)
+    )  # as stages in the tower
+    kept = 2 * len(half) * (sizes.hidden + 128) * item
     return [
         Case(KEEP_TOP, [importance, survivors], {}, lambda: [keep_top(on_cpu, sizes.survivors)], eager_top, (EXACT,), sizes=shown),
-        Case(KEEP_TOP_PER_CELL, [importance, cell, cells, survivors], {}, lambda: [index, slot], eager_per_cell, (EXACT, EXACT), sizes=shown),
+        Case(KEEP_TOP_PER_CELL, [importance, cell, cells, survivors], {}, lambda: [index, slot, members], eager_per_cell, (EXACT,) * 3, sizes=shown),
         Case(
-            MERGE_TOKENS, [features, importance, index, slot], {"floor": WEIGHT_FLOOR}, expected_merge, eager_merge,
-            (ROUNDING[features.dtype], SCORE_TOLERANCE, EXACT), floor=1e-1, moved=rows * sizes.hidden * item, sizes=shown,
+            MERGE_TOKENS, [features, importance, index, slot, members], {"floor": WEIGHT_FLOOR}, expected_merge, eager_merge,
+            (ROUNDING[features.dtype], SCORE_TOLERANCE), floor=1e-1, moved=rows * sizes.hidden * item, sizes=shown,
         ),
         Case(
-            GATHER_TOKENS, [hidden, cos, sin, importance, index], {}, lambda: list(eager_gather(hidden, cos, sin, importance, index)), eager_gather,
-            (EXACT,) * 4, moved=kept, sizes=shown,
+            GATHER_TOKENS, [hidden, cos, sin, importance, half], {}, lambda: list(eager_gather(hidden, cos, sin, importance, half)), eager_gather,
+            (EXACT,) * 4, moved=kept, sizes=shown | {"survivors": len(half)},
         ),
     ]  # fmt: skip
 

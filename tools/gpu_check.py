@@ -2,18 +2,19 @@
 
     python tools/gpu_check.py --output gpu_check.json
 
-Needs PyTorch with CUDA and the Triton language; cuda-python, TensorRT and TensorRT-RTX are used where they are installed. Five parts:
+Needs PyTorch with CUDA and the Triton language; cuda-python, TensorRT and TensorRT-RTX are used where they are installed. Six parts:
 kernels against float64; every compiled PTX and cubin through the driver API by its contract, against the same; times beside plain PyTorch,
 torch.compile and the limits of the machine as measured in the same run; engines with the ops, where one can be built; models: the small one on ONNX
-Runtime CUDA, TensorRT-RTX and TensorRT against ONNX Runtime on the CPU, and one of ``--shape`` with random weights, pruned against unpruned.
+Runtime CUDA, TensorRT-RTX and TensorRT against ONNX Runtime on the CPU; speed: one of ``--shape`` with random weights, pruned against unpruned.
 
 What cannot be tried has a row that says why. The exit code is 1 if anything that ran was wrong. ``--device cpu --sizes tiny`` tries the program
-itself, in the interpreter; with ``--parts models --shape tiny --sides 8`` the last part.
+itself, in the interpreter; with ``--parts models speed --shape tiny --sides 8`` the last two parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -33,16 +34,16 @@ import torch
 import triton
 from gpu_cases import SIZES, Case, cases
 from gpu_engines import check_engine
-from gpu_models import available_runtimes, check_model, compare_speed, large_model, schedules
+from gpu_models import Runtime, available_runtimes, check_model, compare_speed, large_model, schedules, unsupported_gpu
 from gpu_timing import machine_limits, scoring_times, time_case
 from torch import Tensor
-from vflow.exporter.checkpoint import Checkpoint, open_checkpoint
+from vflow.exporter.checkpoint import open_checkpoint
 from vflow.plugins.launch import PRECISION_OF, launch
 
 DTYPES = tuple(PRECISION_OF)
 TIMED_DTYPE = torch.float16
 ENGINES = ("tensorrt", "tensorrt_rtx")
-PARTS = ["kernels", "driver", "times", "engines", "models"]
+PARTS = ["kernels", "driver", "times", "engines", "models", "speed"]
 
 
 class Report:
@@ -98,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "engines" in options.parts and device.type == "cuda":
         check_engines(report, options.sizes, device, options.seed)
     if "models" in options.parts:
-        check_models(report, device, options.shape, options.sides)
+        check_models(report, device)
+    if "speed" in options.parts:
+        check_speed(report, device, options.shape, options.sides)
     wrong = [row for row in report.rows if row.get("passed") is False]
     print(f"\n{len(report.rows)} rows, {len(wrong)} wrong" + "".join(f"\n  {row['part']} {row['name']}" for row in wrong))
     if options.output:
@@ -208,31 +211,47 @@ def check_engines(report: Report, sizes: Sequence[str], device: torch.device, se
     """Part 4: an engine of one op each, with its plugin in TensorRT and its function body in TensorRT-RTX."""
     for module in ENGINES:
         try:
-            __import__(module)
+            library = importlib.import_module(module)
+            reason = unsupported_gpu(library)
         except (ImportError, OSError) as error:
-            report.add("engine", module, lambda error=error: {"passed": None, "note": f"not here ({error})"[:200]})  # type: ignore[misc]
+            reason = f"not here ({error})"[:200]
+        if reason:
+            report.add("engine", module, lambda reason=reason: {"passed": None, "note": f"not run: {reason}"})  # type: ignore[misc]
             continue
         for case in cases(SIZES[sizes[0]], TIMED_DTYPE, device, seed):
             label = f"{module} {named(case, TIMED_DTYPE)}"
             report.add("engine", label, lambda case=case, module=module: check_engine(module, case, PRECISION_OF[TIMED_DTYPE], compare))  # type: ignore[misc]
 
 
-def check_models(report: Report, device: torch.device, shape: str, sides: Sequence[int]) -> None:
-    """Part 5: whole engines on every runtime that imports here."""
+def check_models(report: Report, device: torch.device) -> None:
+    """Part 5: whole engines of the small model, on every runtime that can be had here."""
+    small = open_checkpoint("tiny")
     with tempfile.TemporaryDirectory(prefix="vflow-gpu-check-") as name:
-        folder = Path(name)
-        large: list[Checkpoint] = []
-        for runtime, reason in available_runtimes(device.type):
-            if reason:
-                report.add("model", runtime[0], lambda reason=reason: {"passed": None, "note": f"not run: {reason}"})  # type: ignore[misc]
-                continue
-            small = open_checkpoint("tiny")
+        for runtime in _runtimes(report, "model", device):
             for label, schedule in schedules(small).items():
-                place = folder / f"tiny-{label}-{runtime[0].replace(' ', '-')}"
-                report.add("model", f"tiny, {runtime[0]} {label}", lambda r=runtime, s=schedule, p=place: check_model(small, s, r, p))  # type: ignore[misc]  # noqa: B023
-            if not large:
-                large.append(large_model(shape, folder / "checkpoint"))
-            compare_speed(large[0], runtime, sides, folder, lambda label, action: report.add("model", f"{shape}, {label}", action))
+                place = Path(name) / f"{label}-{runtime[0].replace(' ', '-')}"
+                report.add("model", f"tiny, {runtime[0]} {label}", lambda r=runtime, s=schedule, p=place: check_model(small, s, r, p))  # type: ignore[misc]
+
+
+def check_speed(report: Report, device: torch.device, shape: str, sides: Sequence[int]) -> None:
+    """Part 6: engines of a large model on the same."""
+    with tempfile.TemporaryDirectory(prefix="vflow-gpu-check-") as name:
+        runtimes = _runtimes(report, "speed", device)
+        large = large_model(shape, Path(name) / "checkpoint", device.type) if runtimes else None
+        for runtime in runtimes:
+            assert large is not None
+            compare_speed(large, runtime, sides, Path(name), lambda label, action: report.add("speed", f"{shape}, {label}", action))
+
+
+def _runtimes(report: Report, part: str, device: torch.device) -> list[Runtime]:
+    """Those that can be tried; the others get a row that says why not."""
+    found = []
+    for runtime, reason in available_runtimes(device.type):
+        if reason:
+            report.add(part, runtime[0], lambda reason=reason: {"passed": None, "note": f"not run: {reason}"})  # type: ignore[misc]
+        else:
+            found.append(runtime)
+    return found
 
 
 if __name__ == "__main__":

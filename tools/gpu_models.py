@@ -1,12 +1,13 @@
 """Whole engines for ``gpu_check.py``: the small model for correctness, a large one with random weights for speed, pruned beside unpruned.
 
-Not run on a GPU yet. The random model is made where this runs (``make_model.py``), so nothing large travels: 7B in fp16 takes 17 GB of disk for the
+The random model is made where this runs (``make_model.py``), so nothing large travels: 7B in fp16 takes 17 GB of disk for the
 checkpoint, 17 GB for each of the two engine directories and as much again for each target, and they are removed one after the other.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import shutil
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ from vflow.exporter.tensorrt.library import MODULES
 from vflow.exporter.verify import generated_inputs
 from vflow.exporter.verify_target import verify_target
 
-__all__ = ["PAPER", "available_runtimes", "check_model", "compare_speed", "large_model", "schedules"]
+__all__ = ["PAPER", "Runtime", "available_runtimes", "check_model", "compare_speed", "large_model", "schedules", "unsupported_gpu"]
 
 PAPER = "paper: 3.8 times faster, 89 % less KV memory at 90 % pruned"  # arXiv 2508.05211, abstract; another model, device and data
 KEEP = 0.1
@@ -53,14 +54,27 @@ def available_runtimes(device: str) -> Iterator[tuple[Runtime, str]]:
     yield ("onnxruntime CUDA", {"provider": "cuda"}), "" if cuda else "the installed onnxruntime has no CUDA"
     for target, module in MODULES.items():
         missing = [name for name in (module, "polygraphy", "cuda") if util.find_spec(name) is None]
-        yield (target, {"target": target}), f"{' and '.join(missing)} missing" if missing else ""
+        reason = f"{' and '.join(missing)} missing" if missing else unsupported_gpu(importlib.import_module(module))
+        yield (target, {"target": target}), reason
 
 
-def large_model(shape: str, folder: Path) -> Checkpoint:
-    """The small model, or one of a public shape with random weights."""
+def unsupported_gpu(library: Any) -> str:
+    """Why TensorRT-RTX cannot run an engine on this GPU (it knows consumer generations alone); empty if it can, and for TensorRT."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    known = getattr(library, "ComputeCapability", None)
+    if known is None or hasattr(known, f"SM{major}{minor}"):
+        return ""
+    return f"{library.__name__} {library.__version__} does not support GPUs of compute capability {major}.{minor}"
+
+
+def large_model(shape: str, folder: Path, device: str) -> Checkpoint:
+    """The small model, or one of a public shape with random weights, drawn on the device."""
     if shape == "tiny":
         return open_checkpoint("tiny")
-    subprocess.run([sys.executable, str(Path(__file__).with_name("make_model.py")), "--shape", shape, "--output", str(folder)], check=True)
+    tool = Path(__file__).with_name("make_model.py")
+    subprocess.run([sys.executable, str(tool), "--shape", shape, "--output", str(folder), "--device", device], check=True)
     return open_checkpoint(str(folder))
 
 

@@ -2,7 +2,8 @@
 
     python tools/make_model.py --shape 2b --output out/model-2b
 
-Weights are fp16 safetensors, written one shard at a time; tokenizer and processor are the small model's.
+Weights are fp16 safetensors, written one shard at a time; tokenizer and processor are the small model's. With ``--device cuda`` the numbers are other
+ones and drawn in a moment.
 """
 
 from __future__ import annotations
@@ -52,20 +53,23 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="2b")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where the numbers are drawn")
     args = parser.parse_args()
     tiny = resolve_model("tiny")
     config = shape_config(args.shape, Qwen2VLConfig.from_pretrained(tiny))
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.float16)
     args.output.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
     names = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     size = number = total = 0
     for position, (name, shape) in enumerate(names):
         is_norm = len(shape) == 1 and name.endswith("weight")
-        tensor = torch.ones(shape, dtype=torch.float16) if is_norm else (torch.randn(shape, generator=generator) * STD).half()
+        tensor = (
+            torch.ones(shape, dtype=torch.float16) if is_norm else (torch.randn(shape, generator=generator, device=args.device) * STD).half().cpu()
+        )
         shard[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...plugins.compaction import keep_top, merge_tokens
+from ...plugins.compaction import count_members, keep_top, merge_tokens
 from ...plugins.importance import received_attention
 from ..models.qwen2_vl import TowerState, VisionGraph
 from ..schedule import Stage, keep_count
@@ -37,7 +37,8 @@ class VisionZipVision(VisionGraph):
         if state.key is None:
             raise ValueError("visionzip compares the keys of the block that was scored last: its stage must follow one")
         kept, slot = zip_tokens(state.importance, self._token_keys(state.key), keep_count(state.budget, stage.keep))
-        merged, _, _ = merge_tokens(features, torch.ones_like(state.importance), kept, slot)  # equal weights: a mean
+        alike = torch.ones_like(state.importance)  # equal weights: a mean
+        merged, _ = merge_tokens(features, alike, kept, slot, count_members(slot, kept.shape[0]))
         return merged, state.importance[kept], kept
 
     def _token_keys(self, key: Tensor) -> Tensor:

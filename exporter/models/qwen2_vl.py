@@ -213,8 +213,8 @@ class VisionGraph(nn.Module):
             wide, survivor_importance = wide[kept], importance[kept]
         else:
             cell, cells = _grid_cells(state.rows, state.columns, stage.cell, features.device)
-            kept, slot = keep_top_per_cell(importance, cell[state.index], cells, count)
-            wide, summed, members = merge_tokens(wide, importance, kept, slot)
+            kept, slot, members = keep_top_per_cell(importance, cell[state.index], cells, count)
+            wide, summed = merge_tokens(wide, importance, kept, slot, members)
             survivor_importance = importance[kept]
             if final and self.schedule.recycled_importance == "sum":
                 survivor_importance = torch.where(members > 1, summed, survivor_importance)

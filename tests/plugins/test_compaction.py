@@ -53,22 +53,24 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases())
 def test_survivors_and_slots_are_those_of_the_definition(case: Case) -> None:
     importance, cell, cells, count = case
-    index, slot = keep_top_per_cell(importance, cell, cells, count)
+    index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     assert (index.tolist(), slot.tolist()) == explicit_keep_top_per_cell(importance.tolist(), cell.tolist(), len(cells), count)
+    assert members.tolist() == [slot.tolist().count(place) for place in range(count)]
 
 
 @given(cases())
 def test_function_body_selects_the_same_tokens(case: Case) -> None:
     importance, cell, cells, count = case
-    index, slot = keep_top_per_cell(importance, cell, cells, count)
+    index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     actual = run_op("KeepTopPerCell", importance, cell, cells, np.zeros(count, np.int32))
     np.testing.assert_array_equal(actual[0], index)
     np.testing.assert_array_equal(actual[1], slot)
+    np.testing.assert_array_equal(actual[2], members)
 
 
 @given(cases())
 def test_exactly_the_budget_survives_in_ascending_order(case: Case) -> None:
-    index, slot = keep_top_per_cell(*case)
+    index, slot, _ = keep_top_per_cell(*case)
     assert len(index) == case[3]
     assert index.tolist() == sorted(set(index.tolist()))
     assert slot[index].tolist() == list(range(case[3]))
@@ -77,7 +79,7 @@ def test_exactly_the_budget_survives_in_ascending_order(case: Case) -> None:
 @given(cases())
 def test_the_most_important_tokens_are_always_kept(case: Case) -> None:
     importance, cell, cells, count = case
-    index, _ = keep_top_per_cell(importance, cell, cells, count)
+    index, _, _ = keep_top_per_cell(importance, cell, cells, count)
     certain = max(0, count - len(cells))
     order = torch.sort(importance, descending=True, stable=True).indices
     assert set(order[:certain].tolist()) <= set(index.tolist())
@@ -86,7 +88,7 @@ def test_the_most_important_tokens_are_always_kept(case: Case) -> None:
 @given(cases())
 def test_what_is_merged_goes_to_one_representative_of_its_cell(case: Case) -> None:
     importance, cell, cells, count = case
-    index, slot = keep_top_per_cell(importance, cell, cells, count)
+    index, slot, _ = keep_top_per_cell(importance, cell, cells, count)
     dropped = [i for i in range(len(slot)) if i not in set(index.tolist())]
     homes: dict[int, set[int]] = {}
     for i in dropped:
@@ -99,15 +101,15 @@ def test_what_is_merged_goes_to_one_representative_of_its_cell(case: Case) -> No
 
 def test_members_of_a_cell_without_surviving_representative_are_dropped() -> None:
     importance = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    index, slot = keep_top_per_cell(importance, torch.tensor([0, 0, 1, 1]), torch.arange(2), 1)
-    assert (index.tolist(), slot.tolist()) == ([0], [0, 0, -1, -1])
+    index, slot, members = keep_top_per_cell(importance, torch.tensor([0, 0, 1, 1]), torch.arange(2), 1)
+    assert (index.tolist(), slot.tolist(), members.tolist()) == ([0], [0, 0, -1, -1], [2])
 
 
 def test_all_equal_importance_keeps_the_lowest_indices() -> None:
     importance = torch.zeros(6)
     assert keep_top(importance, 4).tolist() == [0, 1, 2, 3]
-    index, slot = keep_top_per_cell(importance, torch.tensor([0, 0, 0, 1, 1, 1]), torch.arange(2), 3)
-    assert (index.tolist(), slot.tolist()) == ([0, 1, 3], [0, 1, 1, 2, 2, 2])  # 0 is kept, 1 and 3 stand for their cells
+    index, slot, members = keep_top_per_cell(importance, torch.tensor([0, 0, 0, 1, 1, 1]), torch.arange(2), 3)
+    assert (index.tolist(), slot.tolist(), members.tolist()) == ([0, 1, 3], [0, 1, 1, 2, 2, 2], [1, 2, 3])  # 0 is kept, 1 and 3 stand for their cells
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 2.0, -1.0, math.inf]), min_size=1, max_size=40), st.data())
@@ -132,25 +134,24 @@ def test_keep_1024_changes_nothing_bit_for_bit(case: Case) -> None:
     tokens = len(importance)
     count = keep_count(tokens, 1024)
     features = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(0)).half()
-    index, slot = keep_top_per_cell(importance, cell, cells, count)
-    merged, summed, members = merge_tokens(features, importance, index, slot)
+    index, slot, members = keep_top_per_cell(importance, cell, cells, count)
+    merged, summed = merge_tokens(features, importance, index, slot, members)
     assert torch.equal(index, torch.arange(tokens))
     assert torch.equal(slot, torch.arange(tokens))
     assert torch.equal(merged, features)
     assert torch.equal(summed, importance)
     assert members.tolist() == [1] * tokens
-    exported = run_op(
-        "MergeTokens", features, importance, *run_op("KeepTopPerCell", importance, cell, cells, np.zeros(count, np.int32)), floor=WEIGHT_FLOOR
-    )
+    selected = run_op("KeepTopPerCell", importance, cell, cells, np.zeros(count, np.int32))
+    exported = run_op("MergeTokens", features, importance, *selected, floor=WEIGHT_FLOOR)
     assert exported[0].tobytes() == features.numpy().tobytes()
 
 
 @given(cases(), st.integers(1, 5))
 def test_merged_features_are_the_weighted_means_of_the_definition(case: Case, width: int) -> None:
     importance, cell, cells, count = case
-    index, slot = keep_top_per_cell(importance, cell, cells, count)
+    index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     features = torch.randn(len(importance), width, generator=torch.Generator().manual_seed(1))
-    merged, summed, members = merge_tokens(features, importance, index, slot)
+    merged, summed = merge_tokens(features, importance, index, slot, members)
     for place, survivor in enumerate(index.tolist()):
         group = [i for i in range(len(slot)) if slot[i] == place]
         weights = [max(float(importance[i]), 0.0) + WEIGHT_FLOOR for i in group]
@@ -166,14 +167,13 @@ def test_merged_features_are_the_weighted_means_of_the_definition(case: Case, wi
 @given(case=cases())
 def test_function_body_merges_the_same(dtype: torch.dtype, tolerance: float, case: Case) -> None:
     importance, cell, cells, count = case
-    index, slot = keep_top_per_cell(importance, cell, cells, count)
+    index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     features = torch.randn(len(importance), 4, generator=torch.Generator().manual_seed(2)).to(dtype)
-    merged, summed, members = merge_tokens(features, importance, index, slot)
-    actual = run_op("MergeTokens", features, importance, index, slot, floor=WEIGHT_FLOOR)
+    merged, summed = merge_tokens(features, importance, index, slot, members)
+    actual = run_op("MergeTokens", features, importance, index, slot, members, floor=WEIGHT_FLOOR)
     assert actual[0].dtype == features.numpy().dtype
     np.testing.assert_allclose(actual[0].astype(float), merged.double(), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(actual[1], summed, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(actual[2], members)
     alone = members.numpy() == 1
     np.testing.assert_array_equal(actual[0][alone], features.numpy()[index.numpy()][alone])
 
@@ -181,8 +181,8 @@ def test_function_body_merges_the_same(dtype: torch.dtype, tolerance: float, cas
 def test_a_cell_of_zero_or_negative_importance_still_has_a_mean() -> None:
     features = torch.tensor([[1.0], [3.0], [8.0]])
     importance = torch.tensor([0.0, -2.0, -5.0])
-    index, slot = keep_top_per_cell(importance, torch.zeros(3, dtype=torch.long), torch.arange(1), 1)
-    merged, _, _ = merge_tokens(features, importance, index, slot)
+    index, slot, members = keep_top_per_cell(importance, torch.zeros(3, dtype=torch.long), torch.arange(1), 1)
+    merged, _ = merge_tokens(features, importance, index, slot, members)
     assert merged.tolist() == [[4.0]]
 
 

@@ -79,7 +79,7 @@ def test_contracts_survive_their_file(compiled: dict[str, Path]) -> None:
 def test_launch_follows_from_input_shapes(compiled: dict[str, Path]) -> None:
     by_op = {contract.op: contract for contract in read_contracts(compiled["fp16"])}
     scoring = by_op["MaskedColumnMean"].launch([(16, 130, 80), (16, 200, 80), (16, 130), (130,)])
-    assert (scoring.grid, scoring.sizes, scoring.output_shapes) == ((4, 16, 1), (130, 200), ((16, 200),))
+    assert (scoring.grid, scoring.sizes, scoring.output_shapes) == ((2, 16, 1), (130, 200), ((16, 200),))
     gather = by_op["GatherTokens"].launch([(1, 50, 96), (1, 50, 8), (1, 50, 8), (50,), (7,)])
     assert (gather.grid, gather.sizes) == ((7, 1, 1), (50, 7))
     assert gather.output_shapes == ((1, 7, 96), (1, 7, 8), (1, 7, 8), (7,))
@@ -152,7 +152,7 @@ def test_the_driver_gets_what_the_contract_says(compiled: dict[str, Path], assem
     assert driver.loaded.startswith(b"\x7fELF" if assembled else b"//")
     ((function, *launch, (values, types), extra),) = driver.launches
     assert function.name == b"masked_column_mean_kernel"
-    assert launch == [2, 2, 1, *kernel.contract.block, kernel.contract.shared_bytes, 7]
+    assert launch == [1, 2, 1, *kernel.contract.block, kernel.contract.shared_bytes, 7]
     assert values == (*(x.data_ptr() for x in inputs), 3, 70, output.data_ptr())
     assert len(types) == len(values)
     assert extra == 0

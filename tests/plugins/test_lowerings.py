@@ -34,10 +34,13 @@ OPS: dict[str, Signature] = {  # inputs and outputs (type, shape), attributes
         [(T, [4, "R", 16]), (T, [4, "P", 16]), ("float32", [4, "R"]), ("bool", ["R"])], [("float32", [4, "P"])], {"scale": SCALE},
     ),
     "KeepTop": ([("float32", ["S"]), ("int32", ["M"])], [("int64", ["M"])], {}),
-    "KeepTopPerCell": ([("float32", ["N"]), ("int64", ["N"]), ("int64", ["C"]), ("int32", ["M"])], [("int64", ["M"]), ("int64", ["N"])], {}),
+    "KeepTopPerCell": (
+        [("float32", ["N"]), ("int64", ["N"]), ("int64", ["C"]), ("int32", ["M"])],
+        [("int64", ["M"]), ("int64", ["N"]), ("int64", ["M"])], {},
+    ),
     "MergeTokens": (
-        [(T, ["N", 32]), ("float32", ["N"]), ("int64", ["M"]), ("int64", ["N"])],
-        [(T, ["M", 32]), ("float32", ["M"]), ("int64", ["M"])], {"floor": FLOOR},
+        [(T, ["N", 32]), ("float32", ["N"]), ("int64", ["M"]), ("int64", ["N"]), ("int64", ["M"])],
+        [(T, ["M", 32]), ("float32", ["M"])], {"floor": FLOOR},
     ),
     "GatherTokens": (
         [(T, ["B", "S", 32]), (T, ["B", "S", 4]), (T, ["B", "S", 4]), ("float32", ["S"]), ("int64", ["M"])],

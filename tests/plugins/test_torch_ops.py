@@ -20,7 +20,7 @@ def arguments(name: str) -> tuple[list[torch.Tensor | None], dict[str, Any], str
     query, key = torch.randn(2, 9, 8), torch.randn(2, 9, 8)
     importance, cell, cells = torch.rand(9), torch.arange(9) // 3, torch.arange(3)
     survivors = torch.zeros(4, dtype=torch.int32)
-    index, slot = keep_top_per_cell(importance, cell, cells, 4)
+    index, slot, members = keep_top_per_cell(importance, cell, cells, 4)
     everyone = torch.ones(9, dtype=torch.bool)
     cases: dict[str, tuple[list[torch.Tensor | None], dict[str, Any], str]] = {
         "row_log_sum_exp": ([query, key, None], {"scale": 0.5}, "importance_kernels:ROW_LOG_SUM_EXP"),
@@ -28,7 +28,7 @@ def arguments(name: str) -> tuple[list[torch.Tensor | None], dict[str, Any], str
         "last_token_attention": ([query[:, 0], key, everyone], {"scale": 0.5}, "guidance_kernels:LAST_TOKEN_ATTENTION"),
         "keep_top": ([importance, survivors], {}, "selection_kernels:KEEP_TOP"),
         "keep_top_per_cell": ([importance, cell, cells, survivors], {}, "selection_kernels:KEEP_TOP_PER_CELL"),
-        "merge_tokens": ([torch.randn(9, 5), importance, index, slot], {"floor": 1e-8}, "compaction_kernels:MERGE_TOKENS"),
+        "merge_tokens": ([torch.randn(9, 5), importance, index, slot, members], {"floor": 1e-8}, "compaction_kernels:MERGE_TOKENS"),
         "gather_tokens": ([query, key, key, importance, index], {}, "compaction_kernels:GATHER_TOKENS"),
         "patch_entropy": ([torch.randn(5, 12), torch.zeros(3), torch.ones(3)], {}, "entropy_kernels:PATCH_ENTROPY"),
     }
@@ -61,8 +61,8 @@ def test_programs_with_the_operators_are_compiled_as_one_graph() -> None:
     def program(query: torch.Tensor, key: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         relevance = context_relevance(query, key, scale=0.5, global_threshold=1.0)
         cells = torch.arange(4)
-        index, slot = keep_top_per_cell(relevance, torch.arange(16) // 4, cells, 6)
-        return merge_tokens(features, relevance, index, slot)[0]
+        index, slot, members = keep_top_per_cell(relevance, torch.arange(16) // 4, cells, 6)
+        return merge_tokens(features, relevance, index, slot, members)[0]
 
     inputs = torch.randn(2, 16, 8), torch.randn(2, 16, 8), torch.randn(16, 5)
     whole = torch.compile(program, backend="eager", fullgraph=True)
