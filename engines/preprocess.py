@@ -180,14 +180,15 @@ def patch_entropy(image: NDArray[np.uint8], *, patch_size: int, merge_size: int)
 
     The grey level is the mean of R, G and B, rounded down. ``image`` is ``uint8 [height, width, 3]``; returns float32 [P] in merge order.
     """
-    grey = image.sum(axis=2, dtype=np.int64) // 3  # [H, W]
-    patches = patchify(grey[:, :, None], patch_size=patch_size, merge_size=merge_size).reshape(-1, patch_size**2)
+    red, green, blue = (image[:, :, channel].astype(np.uint16) for channel in range(3))
+    grey = ((red + green + blue) // 3)[:, :, None]  # [H, W, 1]
+    patches = patchify(grey, patch_size=patch_size, merge_size=merge_size).reshape(-1, patch_size**2)
     count = patches.shape[0]
-    offsets = np.arange(count, dtype=np.int64)[:, None] * ENTROPY_BINS
+    offsets = np.arange(count, dtype=np.intp)[:, None] * ENTROPY_BINS
     histogram = np.bincount((patches + offsets).ravel(), minlength=count * ENTROPY_BINS)
-    share = histogram.reshape(count, ENTROPY_BINS) / float(patch_size**2)
-    logs = np.log2(share, out=np.zeros_like(share), where=share > 0)
-    bits: NDArray[np.float32] = np.maximum(-(share * logs).sum(axis=1), 0.0).astype(np.float32)
+    share = np.arange(patch_size**2 + 1) / float(patch_size**2)  # of every count that there can be
+    terms = share * np.log2(share, out=np.zeros_like(share), where=share > 0)
+    bits: NDArray[np.float32] = np.maximum(-terms[histogram].reshape(count, ENTROPY_BINS).sum(axis=1), 0.0).astype(np.float32)
     return bits
 
 
@@ -206,10 +207,11 @@ def preprocess_image(image: NDArray[np.uint8], config: ImageProcessorConfig) -> 
         resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
         image = np.asarray(resized)
     entropy = patch_entropy(image, patch_size=config.patch_size, merge_size=config.merge_size)
-    mean = np.asarray(config.image_mean, np.float32)
-    std = np.asarray(config.image_std, np.float32)
-    pixels = (image.astype(np.float32) / 255.0 - mean) / std  # [H, W, 3]
-    patches = patchify(pixels, patch_size=config.patch_size, merge_size=config.merge_size)  # [P, 3, p, p]
-    repeated = np.repeat(patches[:, :, None], config.temporal_patch_size, axis=2)  # a still image is two equal frames
+    patches = patchify(image, patch_size=config.patch_size, merge_size=config.merge_size)  # uint8 [P, 3, p, p]
+    pixels = np.empty((patches.shape[0], patches.shape[1], config.temporal_patch_size, config.patch_size**2), np.float32)
+    levels = np.arange(256, dtype=np.float32) / 255.0
+    for channel, (mean, std) in enumerate(zip(config.image_mean, config.image_std, strict=True)):
+        normalised = (levels - np.float32(mean)) / np.float32(std)
+        pixels[:, channel] = normalised[patches[:, channel]].reshape(-1, 1, config.patch_size**2)  # a still image is two equal frames
     grid = (1, new_height // config.patch_size, new_width // config.patch_size)
-    return ImagePatches(np.ascontiguousarray(repeated.reshape(patches.shape[0], -1)), entropy, grid)
+    return ImagePatches(pixels.reshape(patches.shape[0], -1), entropy, grid)
