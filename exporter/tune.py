@@ -29,6 +29,7 @@ from .study import finished_trials, open_study
 
 __all__ = ["MEASURES", "CalibrationSample", "FlowObjective", "FrontPoint", "Measure", "Resource", "TuneResult", "tune_front", "tune_schedule"]
 
+LEADERS = 8
 STARTUP_TRIALS = 10  # random, before the Gaussian process has something to go by
 Resource = Literal["kv", "flops"]
 Measure = Literal["overlap", "cosine"]
@@ -41,12 +42,16 @@ Progress = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class TuneResult:
-    """The best schedule and its point in the search space, its objective, and how many trials the study holds."""
+    """The best schedule and its point in the search space, its objective, and how many trials the study holds.
+
+    ``leaders`` are the points of the best trials, best first, no two of one value: to be judged on other samples, since the best here may be luck.
+    """
 
     schedule: Schedule
     point: Mapping[str, float | str]
     value: float
     trials: int
+    leaders: tuple[Mapping[str, float | str], ...]
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,9 @@ def tune_schedule(
     _optimize(study, evaluate, trials, lambda done: progress(done, study.best_value))
     provenance = _provenance(objective, space, seed, finished_trials(study)) | {"value": study.best_value}
     found = replace(space.schedule(study.best_params), model=fingerprint, provenance=provenance)
-    return TuneResult(found, study.best_params, study.best_value, finished_trials(study))
+    best_first = sorted((trial for trial in study.trials if trial.values), key=lambda trial: -trial.value)
+    leaders = tuple({trial.value: trial.params for trial in best_first}.values())[:LEADERS]
+    return TuneResult(found, study.best_params, study.best_value, finished_trials(study), leaders)
 
 
 def tune_front(

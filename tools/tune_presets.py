@@ -1,8 +1,8 @@
 """Tune the schedules that ship for a model: at the keeps of the paper's tables, without and with stages inside the tower.
 
-From the smallest keep up: each search also tries the point found for the keep before it, which with more to spend is seldom worse. Of several
-searches for a keep, the one is taken that does best on samples which none of them has seen: what a search reports is the best of its trials on its
-own samples, and with few of them several points too good (docs/quality.md).
+From the smallest keep up: each search also tries the point found for the keep before it, which with more to spend is seldom worse. Of the leading
+trials of several searches for a keep, the one is taken that does best on samples which none of them has seen: what a search reports is the best of
+its trials on its own samples, and with few of them several points too good (docs/quality.md).
 
 python tools/tune_presets.py --model tiny --output exporter/tuned
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +63,21 @@ def main() -> None:
             searches = [
                 tune_schedule(objective, space, fingerprint=checkpoint.fingerprint, trials=args.trials, seed=seed, start=start) for seed in args.seeds
             ]
-            verdicts = judged(checkpoint, judges, [search.schedule for search in searches])
-            result = searches[int(np.argmax(verdicts))]
-            found = [result.point]
+            leaders = [(search, point) for search in searches for point in search.leaders]
+            verdicts = judged(checkpoint, judges, [space.schedule(point) for _, point in leaders])
+            search, point = leaders[int(np.argmax(verdicts))]
+            found = [point]
+            choice = {"value": max(verdicts), "chosen": f"of {len(leaders)} leading trials, on {len(judges)} other samples"}
+            chosen = replace(space.schedule(point), model=checkpoint.fingerprint, provenance=search.schedule.provenance | choice)
             path = args.output / f"{Path(args.model).name}-keep-{keep:.2f}{'-tower' if tower else ''}.json"
-            result.schedule.save(path)
-            values = ", ".join(f"{search.value:.4f} ({verdict:.4f})" for search, verdict in zip(searches, verdicts, strict=True))
+            chosen.save(path)
+            searched = ", ".join(f"{search.value:.4f}" for search in searches)
             print(
-                f"{path}: overlap {max(verdicts):.4f} of {values}, FLOPs {space.flops_share(result.schedule):.3f}, {time.monotonic() - began:.0f} s",
+                f"{path}: overlap {max(verdicts):.4f} on other samples (least of {len(verdicts)} leading trials {min(verdicts):.4f}; searches "
+                f"reported {searched}), FLOPs {space.flops_share(chosen):.3f}, {time.monotonic() - began:.0f} s",
                 flush=True,
             )
-            for line in schedule_lines(result.schedule, shape):
+            for line in schedule_lines(chosen, shape):
                 print(f"    {line}", flush=True)
 
 
