@@ -8,6 +8,8 @@ The vision graph and the language graph are two sessions of the runtime, which r
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from typing import Any
 
@@ -19,9 +21,9 @@ from ..manifest import Engine, Graph
 
 __all__ = ["DISABLED_OPTIMIZERS", "MINIMUM_VERSION", "OnnxRuntimeBackend", "check_version", "session_options"]
 
-# Older runtimes align causal attention at the top left when the cache is longer than the query: they would answer, and wrongly
-# (onnxruntime pull request 28958).
-MINIMUM_VERSION = (1, 32)
+# Early kernels of this operator align causal attention at the top left when the cache is longer than the query: they would answer, and wrongly
+# (onnxruntime pull request 28958). 1.31 is the oldest that was tried on a GPU, and the newest that there is for one.
+MINIMUM_VERSION = (1, 31)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Its blocked layout is for convolutions, which our graphs have none of; and in 1.32.0 it dies of a segmentation fault where
 # MatmulTransposeFusion has moved a Transpose behind a Cast (Transpose, Cast, MatMul by a constant).
@@ -61,6 +63,8 @@ class OnnxRuntimeBackend:
         runtime = _import_runtime()
         self.slots = slots
         self.provider = _choose_provider(provider, runtime.get_available_providers())
+        if self.provider == "cuda":
+            _find_cuda(runtime)
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
         self._runtime = runtime
         self._standard = standard
@@ -216,7 +220,7 @@ class OnnxRuntimeBackend:
 
 
 def check_version(version: str) -> None:
-    """Refuse an ONNX Runtime that would compute something else.
+    """Refuse an ONNX Runtime that might compute something else.
 
     Raises:
         EngineError: older than ``MINIMUM_VERSION``.
@@ -224,7 +228,9 @@ def check_version(version: str) -> None:
     least = ".".join(map(str, MINIMUM_VERSION))
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers < MINIMUM_VERSION:
-        raise EngineError(f"onnxruntime {version} aligns causal attention differently and would answer wrongly; pip install 'onnxruntime>={least}'")
+        raise EngineError(
+            f"onnxruntime {version} is too old: it may align causal attention differently and answer wrongly; pip install 'onnxruntime>={least}'"
+        )
 
 
 def _import_runtime() -> Any:
@@ -235,6 +241,13 @@ def _import_runtime() -> Any:
         raise EngineError(f"onnxruntime is missing; pip install 'onnxruntime>={least}' (or onnxruntime-gpu for CUDA)") from None
     check_version(onnxruntime.__version__)
     return onnxruntime
+
+
+def _find_cuda(runtime: Any) -> None:
+    """Load CUDA and cuDNN from NVIDIA's Python packages, where they are installed; otherwise the system's are found as ever."""
+    if hasattr(runtime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            runtime.preload_dlls()
 
 
 def _failures() -> tuple[type[BaseException], ...]:
