@@ -96,7 +96,7 @@ def first_token_plot(values: Mapping[str, Any], path: Path) -> None:
         axes.set(title=f"{side}×{side}", xlabel="seconds to first token", yticks=range(len(names)) if number == 0 else [])
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
-    panels[0][-1].legend(frameon=False, fontsize=9)
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)  # no bar is behind it
     _save(pyplot, figure, path)
 
 

@@ -11,7 +11,12 @@ from ...engines import open_engine
 from .measurement import Request, Timing, peak_memory_bytes, random_image
 from .subjects import SubjectSpec
 
-__all__ = ["OpenVinoSubject"]
+__all__ = ["OpenVinoSubject", "kept_tokens"]
+
+
+def kept_tokens(visual_tokens: int, pruning_ratio: int) -> int:
+    """Visual tokens that the pipeline hands to its language model; it rounds down."""
+    return visual_tokens * (100 - pruning_ratio) // 100
 
 
 class OpenVinoSubject:
@@ -40,7 +45,7 @@ class OpenVinoSubject:
         first_token_s = result.perf_metrics.get_ttft().mean / 1e3
         generated = result.perf_metrics.get_num_generated_tokens()
         visual = (request.side // self.engine.image_processor.factor) ** 2
-        kept = visual - visual * self.pruning_ratio // 100
+        kept = kept_tokens(visual, self.pruning_ratio)
         return Timing(
             vision_s=None,
             prefill_s=None,
@@ -49,7 +54,7 @@ class OpenVinoSubject:
             decode_s=took - first_token_s,
             new_tokens=generated,
             visual_tokens=(visual, kept) if self.pruning_ratio else (visual,),
-            text_tokens=max(0, int(np.asarray(result.perf_metrics.get_num_input_tokens())) - visual),
+            text_tokens=max(0, int(np.asarray(result.perf_metrics.get_num_input_tokens())) - kept),  # it counts what is left
             kv_bytes=None,
             peak_memory_bytes=peak_memory_bytes(),
         )

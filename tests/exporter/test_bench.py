@@ -17,6 +17,7 @@ from vflow.engines import Engine, EngineError
 from vflow.exporter.bench import runner, subjects
 from vflow.exporter.bench.limits import limits
 from vflow.exporter.bench.measurement import Request, Timing, median
+from vflow.exporter.bench.openvino import kept_tokens
 from vflow.exporter.bench.report import bench_tables, bench_values
 from vflow.exporter.bench.runner import Measured, measure_in_turns
 from vflow.exporter.bench.subjects import SubjectSpec, baseline_specs, check_engines, engine_spec
@@ -200,6 +201,11 @@ def test_a_missing_baseline_is_said_with_what_to_install(monkeypatch: pytest.Mon
     (tmp_path / "openvino_language_model.xml").touch()
     names = [s.name for s in baseline_specs("openvino", spec("a"), **{**options, "openvino_model": tmp_path})]
     assert names == ["openvino-genai", "openvino-genai, 90 % pruned"]
+
+
+@pytest.mark.parametrize(("visual", "ratio", "kept"), [(64, 0, 64), (64, 50, 32), (64, 90, 6), (144, 50, 72), (144, 90, 14)])
+def test_openvino_s_own_pruning_is_counted_as_it_counts(visual: int, ratio: int, kept: int) -> None:
+    assert kept_tokens(visual, ratio) == kept  # its own count of input tokens less the text's, release 2026.4
 
 
 def test_a_baseline_has_the_engine_s_checkpoint(engines: list[Engine], untied_checkpoint: Path, tmp_path: Path) -> None:
