@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,14 @@ def test_cuda_is_refused_where_the_runtime_has_none() -> None:
         backend_module._choose_provider("cuda", ["CPUExecutionProvider"])
     assert backend_module._choose_provider(None, ["CUDAExecutionProvider", "CPUExecutionProvider"]) == "cuda"
     assert backend_module._choose_provider(None, ["CPUExecutionProvider"]) == "cpu"
+
+
+def test_nvidias_python_packages_are_looked_for_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+    backend_module._find_cuda(SimpleNamespace(preload_dlls=lambda: (asked.append(True), print("Failed to load libcublas"))))
+    backend_module._find_cuda(SimpleNamespace())  # runtimes of other makers have no such function
+    assert asked == [True]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_graph_that_is_none_is_refused_by_file(make_standin: MakeStandin) -> None:

@@ -85,6 +85,9 @@ def test_search_is_at_least_as_good_as_the_point_it_starts_from(objective: FlowO
     assert result.schedule.average_keep(objective.shape.decoder.layers) <= 0.4
     assert result.schedule.model == "abc"
     assert result.trials == 6
+    scores = [objective.score(space.schedule(point)) for point in result.leaders]
+    assert result.leaders[0] == result.point and 1 < len(scores) <= 6
+    assert scores == sorted(set(scores), reverse=True)
 
 
 def test_a_study_in_a_file_is_resumed(objective: FlowObjective, space: SearchSpace, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_check_that_raises_fails_alone(gpu_check: ModuleType) -> None:
 @pytest.mark.slow
 def test_whole_engines_are_checked_and_timed_pruned_beside_unpruned(tmp_path: Path) -> None:
     """On ONNX Runtime and a CPU, with the small model: the program, not the figures."""
-    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--device", "cpu", "--parts", "models", "--shape", "tiny", "--sides", "6", "8"]
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--device", "cpu", "--parts", "models", "speed", "--shape", "tiny", "--sides", "6", "8"]
     run = subprocess.run([*command, "--output", str(tmp_path / "result.json")], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
@@ -116,3 +116,15 @@ def test_runtimes_that_are_missing_are_listed_with_the_reason(gpu_check: ModuleT
     assert reasons["tensorrt-rtx"] == "tensorrt_rtx and polygraphy and cuda missing"
     assert set(reasons) == {"onnxruntime CUDA", "tensorrt-rtx", "tensorrt"}
     assert [runtime[0] for runtime, reason in gpu_models.available_runtimes("cpu") if not reason] == ["onnxruntime CPU"]
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 9), True), ((9, 0), False)])
+def test_a_gpu_that_tensorrt_rtx_does_not_know_is_said(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
+) -> None:
+    import gpu_models
+    import tensorrt_rtx
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    reason = gpu_models.unsupported_gpu(tensorrt_rtx)
+    assert reason == "" if runs else reason.endswith("does not support GPUs of compute capability 9.0")
