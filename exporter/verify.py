@@ -48,7 +48,7 @@ FP32_LOGITS = 1e-4
 # the furthest of FP32_SAMPLES runs of PyTorch in fp32, the first as it is and the others rounded at random. Larger checkpoints would not fit in
 # float64: their reference is fp32, and FP32_LOGITS is all that is allowed.
 FLOAT64_LIMIT = 1 << 30  # bytes of the checkpoint
-FP32_SAMPLES = 16
+FP32_SAMPLES = 32
 # fp16 carries 11 bits (2⁻¹¹ = 4.9e-4 relative) and every layer rounds anew, in another place in each framework: 1 % of the largest
 # logit is twenty roundings. On calm ground many patches are equally important to rounding, and which of them survive is then arbitrary: in fp16
 # survivors need not be the same tokens, but must hold as much importance. An attention score of 100 is rounded to 0.06 in fp16, so importances
