@@ -16,8 +16,11 @@ from vflow.engines.errors import EngineError
 from vflow.engines.manifest import Engine
 from vflow.engines.session import Session
 from vflow.exporter import verify
+from vflow.exporter.build import BuildOptions, build_engine
 from vflow.exporter.checkpoint import open_checkpoint
-from vflow.exporter.verify import FP32_LOGITS, Finding, VerifyInput, verify_engine
+from vflow.exporter.models.qwen2_vl import model_shape
+from vflow.exporter.presets import preset_schedule
+from vflow.exporter.verify import FP32_LOGITS, Finding, VerifyInput, generated_inputs, verify_engine
 
 PROMPT = "how many objects are there ?"
 QUANTITY = "logits, pruned, against the PyTorch reference"
@@ -89,9 +92,51 @@ def test_other_survivors_are_not_taken_for_rounding(engine: Engine) -> None:
     item, other = VerifyInput(picture(6, 5), PROMPT), VerifyInput(picture(6, 5, 3), PROMPT)
     exact = session.prepare(item.prompt, [item.image])
     logits = session.prefill(exact).logits
-    eager = verify._Memory(session)
-    assert verify._rounding(eager, item, exact, logits + 0.25) == pytest.approx(0.25)
-    assert verify._rounding(eager, other, exact, logits + 0.25) == 0.0
+    assert verify._rounding(session, item, exact, logits + 0.25) == pytest.approx(0.25)
+    assert verify._rounding(session, other, exact, logits + 0.25) == 0.0
+
+
+@pytest.fixture(scope="module")
+def sensitive(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """The small model as it ships, tuned: on ``SENSITIVE`` fp32 loses more than ``FP32_LOGITS``."""
+    checkpoint = open_checkpoint("tiny")
+    schedule = preset_schedule("tuned", model_shape(checkpoint.config), 0.1, fingerprint=checkpoint.fingerprint)
+    return build_engine(checkpoint, schedule, tmp_path_factory.mktemp("engine") / "engine", BuildOptions("fp32", 256, 64))
+
+
+SENSITIVE = generated_inputs(7)[6]
+
+
+def test_a_sensitive_input_is_allowed_what_fp32_loses_on_it(sensitive: Engine) -> None:
+    checkpoint = open_checkpoint("tiny")
+    exact = verify._in_pytorch(sensitive, verify._load(sensitive, checkpoint).double())
+    eager = verify._in_pytorch(sensitive, verify._load(sensitive, checkpoint))
+    prepared = exact.prepare(SENSITIVE.prompt, [SENSITIVE.image])
+    lost = verify._rounding(eager, SENSITIVE, prepared, exact.prefill(prepared).logits)
+    assert FP32_LOGITS < lost < 20 * FP32_LOGITS
+    ours = Session(sensitive).prefill(Session(sensitive).prepare(SENSITIVE.prompt, [SENSITIVE.image])).logits
+    assert np.abs(ours - exact.prefill(prepared).logits).max() <= lost
+
+
+def first_epsilon_of_1e_5(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
+    next(attribute for attribute in node.attribute if attribute.name == "epsilon").f = 1e-5  # 1e-6 in the model
+
+
+def scale_off_by_a_thousandth(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Attention")
+    next(attribute for attribute in node.attribute if attribute.name == "scale").f *= 1.001
+
+
+@pytest.mark.parametrize("change", [first_epsilon_of_1e_5, scale_off_by_a_thousandth])
+def test_what_is_more_than_rounding_fails_on_a_sensitive_input(
+    sensitive: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[onnx.ModelProto], None]
+) -> None:
+    monkeypatch.setattr(verify, "build_engine", lambda *_, **__: sensitive)
+    found = verify_engine(mutated(sensitive, tmp_path / "engine", change), open_checkpoint("tiny"), [SENSITIVE])
+    finding = {finding.quantity: finding for finding in found if finding.rung == "d"}[QUANTITY]
+    assert finding.tolerance > FP32_LOGITS and "on 1 of 1 inputs" in finding.note
+    assert not finding.passed and finding.worst > 5 * finding.tolerance
 
 
 def test_importance_that_is_held_leaves_out_what_is_protected() -> None:
