@@ -108,6 +108,7 @@ class TritonPythonModel:
                     inputs.images,
                     max_new_tokens=inputs.max_new_tokens,
                     sampling=inputs.sampling,
+                    stop=inputs.stop,
                     keep_scale=inputs.keep_scale,
                     max_pixels=inputs.max_pixels,
                     timeout=inputs.timeout,

@@ -195,6 +195,21 @@ def test_clients_that_call_infer_get_whole_answers_from_a_model_made_for_it(serv
             client.infer("whole", tensors(module, prompt=QUESTION, stream=True))
 
 
+def test_an_answer_ends_before_a_stop_string_as_elsewhere(server: TritonProcess, model: str, session: Session) -> None:
+    whole = session.generate(QUESTION, max_new_tokens=12)
+    stop = whole.text[len(whole.text) // 2 :][:7]  # over the end of a word, so that a piece that was held back is cut
+    expected = session.generate(QUESTION, max_new_tokens=12, stop=[stop, "never said"])
+    assert expected.finish_reason == "stop" and expected.text == whole.text[: whole.text.index(stop)] != ""
+    answer = server.ask(model, tensors(prompt=QUESTION, stop=["never said", stop], max_new_tokens=12))
+    assert_same(answer, expected)
+    assert answer.pieces[:-1] == list(session.stream(QUESTION, max_new_tokens=12, stop=[stop]))
+    for value in (stop, [stop]):
+        status, body = server.generate(model, prompt=QUESTION, stop=value, max_new_tokens=12, stream=False)
+        assert (status, body["text"], body["finish_reason"], body["new_tokens"]) == (200, expected.text, "stop", len(expected.token_ids))
+    assert_same(server.ask(model, tensors(prompt=QUESTION, stop=["never said"], max_new_tokens=12)), whole)
+    server.wait_for_gauge("requests_active", model, 0)
+
+
 # -------------------------------------------------------------------------------------------------------- bad requests
 
 
@@ -227,6 +242,10 @@ def test_clients_that_call_infer_get_whole_answers_from_a_model_made_for_it(serv
         ({"prompt": "a", "top_p": 0.0}, "top_p must be"),
         ({"prompt": "a", "top_k": -1}, "top_k must be"),
         ({"prompt": "a", "seed": -1}, "seed must be"),
+        ({"prompt": "a", "stop": list("abcde")}, "input stop has 5 strings; at most 4 are taken"),
+        ({"prompt": "a", "stop": ["a", ""]}, "stop[1] has 0 characters; it must have 1 to 1,000"),
+        ({"prompt": "a", "stop": ["a" * 1001]}, "stop[0] has 1,001 characters; it must have 1 to 1,000"),
+        ({"prompt": "a", "stop": [b"\xff"]}, "stop[0] must be UTF-8 text"),
         ({"prompt": "a", "keep_scale": 1.5}, "keep_scale must be in (0, 1]"),
         ({"prompt": "a", "max_pixels": 1}, "max_pixels must be at least"),
         ({"prompt": "a", "timeout": 0.0}, "timeout must be more than 0"),
@@ -266,6 +285,7 @@ ANYTHING = {
     "top_k": WHOLE_NUMBERS | st.just(3),
     "top_p": st.floats() | st.just(0.5),
     "seed": WHOLE_NUMBERS,
+    "stop": st.lists(st.binary(max_size=20) | st.text(max_size=20) | st.integers(999, 1001).map("a".__mul__), max_size=6),
     "keep_scale": st.floats() | st.floats(0, 1),
     "max_pixels": WHOLE_NUMBERS,
     "timeout": st.floats(),
