@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -38,6 +39,37 @@ pytestmark = pytest.mark.skipif(why_missing() is not None, reason=why_missing() 
 QUESTION = "how many objects are there ?"
 SLOW_TOKENS = 20_000  # of the stand-in in the model "slow": seconds of decoding, so that a test can do something meanwhile
 ENDLESS = "1 2 3"  # to which the stand-in goes on and on
+# The model "faulty": the product's, on a backend that fails for images of some sizes in visual tokens, each in its own place.
+FAULTY = """
+import numpy as np
+from vflow.engines import EngineError
+from vflow.engines.triton_server.model import TritonPythonModel as Sound
+
+
+class TritonPythonModel(Sound):
+    def initialize(self, args):
+        super().initialize(args)
+        backend = self._batcher.backend
+        vision, language = backend.vision, backend.language
+
+        def faulty_vision(pixels, *rest):
+            if pixels.shape[:2] == (8, 8):
+                raise RuntimeError("the vision graph is out of memory")
+            embeds, *others = vision(pixels, *rest)
+            return (np.full_like(embeds, np.nan) if pixels.shape[:2] == (1, 7) else embeds, *others)
+
+        def faulty_language(**feed):
+            if feed["budget"] == 49:
+                raise EngineError("the language graph is out of memory")
+            return language(**feed)
+
+        backend.vision, backend.language = faulty_vision, faulty_language
+"""
+FAULTS = {
+    (8, 8): "the request failed: RuntimeError: the vision graph is out of memory",
+    (7, 7): "the language graph is out of memory",
+    (1, 7): "not finite",
+}
 
 
 def png(image: np.ndarray) -> bytes:
@@ -75,10 +107,13 @@ def model(engine: Engine) -> str:
 
 @pytest.fixture(scope="module")
 def server(engine: Engine, slow_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
-    """The repository that build wrote, as it is; beside it one whose answers take long, and one that gives them whole."""
+    """The repository that build wrote, as it is; beside it one whose answers take long, one that gives them whole, and one that fails."""
     scratch = tmp_path_factory.mktemp("triton")
     write_model(scratch / "whole", "whole", Settings(str(engine.path), threads=1), stream=False)
-    repositories = [engine.path / REPOSITORY_FOLDER, slow_engine.path / REPOSITORY_FOLDER, scratch / "whole"]
+    for name in ("faulty", "faulty-whole"):
+        folder = write_model(scratch / "faulty", name, Settings(str(engine.path), slots=3, threads=1), stream=name == "faulty")
+        (folder / "1" / "model.py").write_text(FAULTY)
+    repositories = [engine.path / REPOSITORY_FOLDER, slow_engine.path / REPOSITORY_FOLDER, scratch / "whole", scratch / "faulty"]
     with TritonProcess(repositories, scratch) as process:
         yield process
 
@@ -343,6 +378,69 @@ def test_after_all_that_nothing_is_lost_and_answers_are_right(server: TritonProc
         prompt, images, options = request
         inputs = {"images": [png(image) for image in images]} if images else {}
         assert_same(server.ask(model, tensors(prompt=prompt, **inputs, **options)), alone(session, *request))
+
+
+# ------------------------------------------------------------------------------------------------------ slots that fail
+
+
+def test_a_request_that_fails_in_its_slot_takes_nobody_along(server: TritonProcess, session: Session) -> None:
+    failing = [(QUESTION, [picture(*size, number)], {"max_new_tokens": 9}) for number in range(4) for size in FAULTS]  # four a slot
+    requests = [request for pair in zip(failing, some_requests(len(failing)), strict=True) for request in pair]
+    barrier = threading.Barrier(len(requests))
+
+    def client(request: tuple[str, list[np.ndarray], dict[str, Any]]) -> Answer:
+        prompt, images, options = request
+        inputs = tensors(prompt=prompt, **({"images": [png(image) for image in images]} if images else {}), **options)
+        barrier.wait(PATIENCE)
+        return server.ask("faulty", inputs)
+
+    with ThreadPoolExecutor(len(requests)) as clients:
+        answers = list(clients.map(client, requests))
+    for answer, message in zip(answers[::2], list(FAULTS.values()) * 4, strict=True):
+        assert answer.error is not None and message in answer.error and "\n" not in answer.error
+        assert answer.pieces == [] and answer.outputs == {}
+    for answer, request in zip(answers[1::2], requests[1::2], strict=True):
+        assert_same(answer, alone(session, *request))
+    server.wait_for_gauge("requests_active", "faulty", 0)
+    assert (server.gauge("requests_queued", "faulty"), server.gauge("slots", "faulty")) == (0, 3)
+    expected = alone(session, *requests[1])
+    with ThreadPoolExecutor(3) as clients:  # in every slot, after what has failed there
+        for answer in clients.map(lambda _: server.ask("faulty", tensors(prompt=requests[1][0], **requests[1][2])), range(3)):
+            assert_same(answer, expected)
+
+
+def test_a_failure_of_the_runtime_is_the_servers_and_a_bad_request_the_clients(server: TritonProcess) -> None:
+    requests = [(png(picture(*size)), "INTERNAL", message) for size, message in FAULTS.items()] + [(b"x", "INVALID_ARGUMENT", "not an image")]
+    for image, code, message in requests:
+        with pytest.raises(InferenceServerException, match=message) as caught:
+            triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}").infer("faulty-whole", tensors(prompt=QUESTION, images=[image]))
+        assert caught.value.status() == f"StatusCode.{code}"
+        status, body = server.generate("faulty", prompt=QUESTION, images=["data:;base64," + base64.b64encode(image).decode()], stream=False)
+        assert message in body["error"]
+        assert status == 400, "what Triton makes of every code there; if this fails, docs/triton.md need not say so any more"
+
+
+def test_requests_that_fail_leave_no_memory_no_threads_and_no_files_behind(server: TritonProcess) -> None:
+    (process,) = [child for child in server.children() if b"/faulty/1/" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    large = tensors(prompt=QUESTION, pixels=np.stack([picture(125, 125)]))  # 3 MB, and scaled down to 8 × 8 visual tokens
+
+    def held() -> tuple[int, int, int]:
+        """Bytes, threads and open files."""
+        server.wait_for_gauge("requests_active", "faulty", 0)
+        status = Path(f"/proc/{process}/status").read_text()
+        resident, threads = (int(re.findall(rf"{name}:\s+(\d+)", status)[0]) for name in ("VmRSS", "Threads"))
+        return resident * 1024, threads, len(list(Path(f"/proc/{process}/fd").iterdir()))
+
+    def fail(times: int) -> None:
+        for _ in range(times):
+            assert FAULTS[8, 8] in str(server.ask("faulty", large).error)
+
+    fail(20)
+    before = held()
+    fail(60)
+    after = held()
+    assert after[0] - before[0] < 30 * 3_000_000, "half of the images that were sent"
+    assert after[1] <= before[1] and after[2] <= before[2]
 
 
 # --------------------------------------------------------------------------------------------- clients and servers that go
