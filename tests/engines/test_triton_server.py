@@ -28,11 +28,12 @@ from triton_process import PATIENCE, Answer, TritonProcess, tensors, why_missing
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 from vflow.engines import Engine, SamplingParams, Session, open_engine
+from vflow.engines.graphs import BuiltEngine, Profile
 from vflow.engines.triton_server.interface import INPUTS, OUTPUTS
 from vflow.engines.triton_server.model import STUCK_SECONDS
 from vflow.engines.triton_server.probe import why_dead
 from vflow.engines.triton_server.settings import Settings
-from vflow.exporter.triton_repository import REPOSITORY_FOLDER, repository_name, write_model
+from vflow.exporter.triton_repository import REPOSITORY_FOLDER, repository_name, write_model, write_vision_model
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=why_missing() or "")
 
@@ -498,6 +499,17 @@ def test_the_probe_sees_the_model_itself(slow_engine: Engine, tmp_path: Path) ->
         assert "not healthy" in str(why_dead(url, "slow"))
         assert server.ready, "what Triton itself says of a model whose process has died; if this fails, the probe is not needed any more"
     assert "refused" in str(why_dead(url, "slow"))
+
+
+def test_the_vision_model_is_read_up_to_the_backend_that_this_server_lacks_and_the_other_loads_alone(slow_engine: Engine, tmp_path: Path) -> None:
+    graph, repository = slow_engine.vision, tmp_path / "repository"
+    vision = BuiltEngine(graph.file, "", "", graph.inputs, graph.outputs, (Profile("square", {}), Profile("tall", {})), 1, 1.0, None)
+    write_model(repository, "slow", Settings(str(slow_engine.path), slots=1, threads=1))
+    write_vision_model(repository, "slow", str(slow_engine.path), vision)
+    with TritonProcess([repository], tmp_path, options=["--model-control-mode=explicit", "--load-model=slow"]) as server:
+        assert server.ask("slow", tensors(prompt="hello", max_new_tokens=2)).error is None
+        status, said = server.get(server.http_port, "/v2/repository/models/slow-vision/load", b"{}")
+        assert status == 400 and "unable to find backend library for backend 'tensorrt'" in said
 
 
 def test_told_to_stop_it_ends_its_answers_first(slow_engine: Engine, tmp_path: Path) -> None:
