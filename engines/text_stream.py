@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-__all__ = ["StopStrings", "TextStream"]
+__all__ = ["MAX_STOPS", "MAX_STOP_CHARACTERS", "StopStrings", "TextStream"]
 
+MAX_STOPS = 4  # strings that a request over a network may name, as at OpenAI
+MAX_STOP_CHARACTERS = 1000  # of each; as much text may be held back, and is compared at every token
 INCOMPLETE = "�"  # what decoders write for bytes that are not (yet) a character
 
 

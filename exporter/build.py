@@ -17,7 +17,7 @@ import torch
 from ..engines.backends.cuda import gpu_capability
 from ..engines.directory import kv_segments, open_engine, write_engine_directory
 from ..engines.errors import EngineError
-from ..engines.graphs import parse_graph
+from ..engines.graphs import parse_graph, parse_targets
 from ..engines.manifest import MANIFEST_FORMAT, Engine, Limits
 from ..engines.preprocess import ImageProcessorConfig
 from ..engines.triton_server.settings import Settings
@@ -31,7 +31,7 @@ from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS
 from .schedule import Schedule
 from .tensorrt.targets import build_target, check_targets
 from .trace import trace_language, trace_vision
-from .triton_repository import ENGINE_FROM_MODEL, REPOSITORY_FOLDER, repository_name, write_model
+from .triton_repository import ENGINE_FROM_MODEL, REPOSITORY_FOLDER, VISION_TARGET, repository_name, write_model, write_vision_model
 
 __all__ = [
     "PRECISIONS",
@@ -117,6 +117,9 @@ def build_engine(
                 compute_capabilities=options.compute_capabilities if rtx else (str(gpu_capability()),),
                 plugins=None if rtx else folder / PLUGINS_FOLDER, progress=progress,
             )  # fmt: skip
+        if VISION_TARGET in targets:
+            vision_engine = parse_targets(json.loads(json.dumps(targets)))[VISION_TARGET].vision  # as the manifest will hold it
+            write_vision_model(folder / REPOSITORY_FOLDER, repository_name(checkpoint.name), ENGINE_FROM_MODEL, vision_engine)
         progress("check sums", 0.0)
         manifest.update(
             format=MANIFEST_FORMAT,

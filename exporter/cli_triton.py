@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import click
@@ -30,7 +31,8 @@ def triton_repository(
 ) -> None:  # fmt: skip
     """Write a Triton Inference Server model of ENGINE with parameters of your own.
 
-    What build leaves in ENGINE/triton is one with the defaults; it is part of the engine and not to be edited.
+    What build leaves in ENGINE/triton is one with the defaults; it is part of the engine and not to be edited. Where ENGINE was built for
+    TensorRT, its vision engine is written as a second model, NAME-vision.
     """
     if slots is not None and kv_memory is not None:
         raise click.UsageError("--slots and --kv-memory say the same: give one of them")
@@ -39,7 +41,7 @@ def triton_repository(
         from ..engines.batcher import slots_in
         from ..engines.triton_server.settings import Settings
         from .search_space import parse_bytes
-        from .triton_repository import repository_name, write_model
+        from .triton_repository import VISION_TARGET, repository_name, write_model, write_vision_model
 
         engine = open_engine(engine_path, check_hashes=False)
         memory = None if kv_memory is None else parse_bytes(kv_memory)
@@ -47,6 +49,14 @@ def triton_repository(
             slots_in(engine, memory)  # says so here where it holds no request
         where = path_there or str(engine.path.resolve())
         settings = Settings(where, slots, memory, queue_limit, provider, threads)
-        folder = write_model(output, name or repository_name(engine.model_name), settings, stream=not whole)
-        click.echo(f"model      {folder}")
+        name = name or repository_name(engine.model_name)
+        folders = [write_model(output, name, settings, stream=not whole)]
+        if VISION_TARGET in engine.targets:
+            try:
+                folders.append(write_vision_model(output, name, where, engine.targets[VISION_TARGET].vision))
+            except BaseException:
+                shutil.rmtree(folders[0], ignore_errors=True)
+                raise
+        for folder in folders:
+            click.echo(f"model      {folder}")
         click.echo(f"try next   tritonserver --model-repository={output}")

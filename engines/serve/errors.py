@@ -70,9 +70,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def of_validation(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        deepest = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union, the member that was meant
+        # Of a union, the member that was meant: what is of its type, if anything is.
+        deepest = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
         param, last = _param(deepest["loc"]), str(deepest["loc"][-1])
-        where = [] if param is None else [param] if last == param else [param, last]
+        # The name of a union's member, such as list[…], is no field.
+        where = [] if param is None else [param] if last == param or not last.isidentifier() else [param, last]
         what = "unknown field, or one that this server does not have; leave it out" if deepest["type"] == "extra_forbidden" else deepest["msg"]
         return ApiError(400, ": ".join([*where, what]), param=param).response()
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
+from ..text_stream import MAX_STOP_CHARACTERS, MAX_STOPS
+
 __all__ = [
     "ChatCompletion",
     "ChatCompletionChunk",
@@ -38,6 +40,9 @@ def _must_be_false(value: bool) -> bool:
 
 
 No = Annotated[bool, AfterValidator(_must_be_false), WithJsonSchema({"type": "boolean", "const": False})]  # Literal[False] would take 0.0 as well
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class _Strict(BaseModel):
@@ -119,7 +124,7 @@ class ChatCompletionRequest(_Strict):
     temperature: float | None = Field(default=None, ge=0, le=2, description="0, the default here, is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, le=LARGEST, description="Makes sampling repeatable.")
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(default=None, description="With ``stream`` only.")
     vflow: VFlowOptions | None = None

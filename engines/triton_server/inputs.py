@@ -16,6 +16,7 @@ from ..errors import EngineError
 from ..prompt import Prompt
 from ..request import ImageSource
 from ..sampling import SamplingParams
+from ..text_stream import MAX_STOP_CHARACTERS, MAX_STOPS
 
 __all__ = ["MAX_IMAGE_BYTES", "MAX_TEXT_BYTES", "ServerRequest", "read_inputs"]
 
@@ -35,6 +36,7 @@ class ServerRequest:
     images: tuple[ImageSource, ...]
     max_new_tokens: int | None
     sampling: SamplingParams
+    stop: tuple[str, ...]
     keep_scale: float
     max_pixels: int | None
     timeout: float | None
@@ -54,6 +56,7 @@ def read_inputs(tensors: Mapping[str, NDArray[Any]]) -> ServerRequest:
         images=_images(tensors),
         max_new_tokens=_scalar(tensors, "max_new_tokens"),
         sampling=SamplingParams(**sampling),
+        stop=_stop(tensors),
         keep_scale=1.0 if keep_scale is None else keep_scale,
         max_pixels=_scalar(tensors, "max_pixels"),
         timeout=_scalar(tensors, "timeout"),
@@ -72,14 +75,27 @@ def _scalar(tensors: Mapping[str, NDArray[Any]], name: str) -> Any:
 
 def _text(tensors: Mapping[str, NDArray[Any]], name: str) -> str | None:
     value: bytes | None = _scalar(tensors, name)
-    if value is None:
-        return None
+    return None if value is None else _decoded(value, f"input {name}")
+
+
+def _decoded(value: bytes, where: str) -> str:
     if len(value) > MAX_TEXT_BYTES:
-        raise EngineError(f"input {name} has {len(value):,} bytes; at most {MAX_TEXT_BYTES:,} are taken")
+        raise EngineError(f"{where} has {len(value):,} bytes; at most {MAX_TEXT_BYTES:,} are taken")
     try:
         return value.decode()
     except UnicodeDecodeError:
-        raise EngineError(f"input {name} must be UTF-8 text") from None
+        raise EngineError(f"{where} must be UTF-8 text") from None
+
+
+def _stop(tensors: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
+    values = tensors.get("stop", np.empty(0, np.object_)).reshape(-1)
+    if values.size > MAX_STOPS:  # before any is looked at
+        raise EngineError(f"input stop has {values.size:,} strings; at most {MAX_STOPS} are taken")
+    stops = tuple(_decoded(value, f"stop[{number}]") for number, value in enumerate(values))
+    for number, stop in enumerate(stops):
+        if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
+            raise EngineError(f"stop[{number}] has {len(stop):,} characters; it must have 1 to {MAX_STOP_CHARACTERS:,}")
+    return stops
 
 
 def _prompt(tensors: Mapping[str, NDArray[Any]]) -> Prompt:

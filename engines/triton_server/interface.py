@@ -28,6 +28,7 @@ INPUTS = (
     TensorSpec("top_k", "INT64"),
     TensorSpec("top_p", "FP64"),
     TensorSpec("seed", "INT64"),
+    TensorSpec("stop", "STRING", (-1,)),
     TensorSpec("keep_scale", "FP64"),
     TensorSpec("max_pixels", "INT64"),
     TensorSpec("timeout", "FP64"),

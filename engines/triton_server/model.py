@@ -108,6 +108,7 @@ class TritonPythonModel:
                     inputs.images,
                     max_new_tokens=inputs.max_new_tokens,
                     sampling=inputs.sampling,
+                    stop=inputs.stop,
                     keep_scale=inputs.keep_scale,
                     max_pixels=inputs.max_pixels,
                     timeout=inputs.timeout,
@@ -181,7 +182,8 @@ class _Exchange:
         elif isinstance(error, (QueueFull, ShuttingDown, RequestTimeout)):
             code = codes.UNAVAILABLE
         else:
-            code = codes.INVALID_ARG if isinstance(error, EngineError) else codes.INTERNAL
+            asked = isinstance(error, EngineError) and self.ticket is None  # what was taken, and failed then, is not the client's fault
+            code = codes.INVALID_ARG if asked else codes.INTERNAL
         message = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
         self._end(self._triton.InferenceResponse(error=codes(message, code)))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from vflow.engines import EngineError, SamplingParams
-from vflow.engines.triton_server.inputs import MAX_IMAGE_BYTES, read_inputs
+from vflow.engines.triton_server.inputs import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, read_inputs
 from vflow.engines.triton_server.settings import Settings
 
 
@@ -57,14 +57,21 @@ def test_tensors_become_a_request() -> None:
         "max_new_tokens": np.array([5]),
         "temperature": np.array([0.7]),
         "seed": np.array([9]),
+        "stop": strings("ß".encode(), b"\n\n"),
         "keep_scale": np.array([0.5]),
         "stream": np.array([False]),
     }
     request = read_inputs(tensors)
     assert (request.prompt, request.images) == ("grüße", (b"\x89PNG", b"\xff\xd8"))
     assert (request.max_new_tokens, request.keep_scale, request.max_pixels, request.timeout, request.stream) == (5, 0.5, None, None, False)
-    assert request.sampling == SamplingParams(temperature=0.7, seed=9)
+    assert request.sampling == SamplingParams(temperature=0.7, seed=9) and request.stop == ("ß", "\n\n")
     assert type(request.max_new_tokens) is int and type(request.keep_scale) is float
+
+
+def test_stop_strings_as_long_as_may_be_are_taken_and_none_is_none() -> None:
+    most = strings(*["ß".encode() * 1000] * 4)
+    assert read_inputs({"prompt": strings(b"a"), "stop": most}).stop == ("ß" * 1000,) * 4
+    assert read_inputs({"prompt": strings(b"a"), "stop": strings()}).stop == read_inputs({"prompt": strings(b"a")}).stop == ()
 
 
 def test_pixels_outlive_the_memory_that_is_shared_with_the_server() -> None:
@@ -82,6 +89,11 @@ def test_pixels_outlive_the_memory_that_is_shared_with_the_server() -> None:
         ({"prompt": strings(b"a"), "images": strings(b"x" * (MAX_IMAGE_BYTES + 1))}, r"images\[0\] has 33,554,433 bytes"),
         ({"prompt": strings(b"a"), "images": strings(b"x", b"data:;base64")}, r"images\[1\] is a data URL without"),
         ({"messages": strings(b'{"role": "user"}')}, "must be a JSON list"),
+        ({"prompt": strings(b"a"), "stop": strings(*[b"a"] * 5)}, "input stop has 5 strings; at most 4 are taken"),
+        ({"prompt": strings(b"a"), "stop": strings(b"a", b"")}, r"stop\[1\] has 0 characters; it must have 1 to 1,000"),
+        ({"prompt": strings(b"a"), "stop": strings("ß".encode() * 1001)}, r"stop\[0\] has 1,001 characters"),
+        ({"prompt": strings(b"a"), "stop": strings(b"a" * (MAX_TEXT_BYTES + 1))}, r"stop\[0\] has 1,048,577 bytes"),
+        ({"prompt": strings(b"a"), "stop": strings(b"\xff")}, r"stop\[0\] must be UTF-8 text"),
     ],
 )
 def test_tensors_that_cannot_be_meant_are_refused(tensors: dict[str, Any], message: str) -> None:

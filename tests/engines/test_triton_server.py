@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -27,17 +28,49 @@ from triton_process import PATIENCE, Answer, TritonProcess, tensors, why_missing
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 from vflow.engines import Engine, SamplingParams, Session, open_engine
+from vflow.engines.graphs import BuiltEngine, Profile
 from vflow.engines.triton_server.interface import INPUTS, OUTPUTS
 from vflow.engines.triton_server.model import STUCK_SECONDS
 from vflow.engines.triton_server.probe import why_dead
 from vflow.engines.triton_server.settings import Settings
-from vflow.exporter.triton_repository import REPOSITORY_FOLDER, repository_name, write_model
+from vflow.exporter.triton_repository import REPOSITORY_FOLDER, repository_name, write_model, write_vision_model
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=why_missing() or "")
 
 QUESTION = "how many objects are there ?"
 SLOW_TOKENS = 20_000  # of the stand-in in the model "slow": seconds of decoding, so that a test can do something meanwhile
 ENDLESS = "1 2 3"  # to which the stand-in goes on and on
+# The model "faulty": the product's, on a backend that fails for images of some sizes in visual tokens, each in its own place.
+FAULTY = """
+import numpy as np
+from vflow.engines import EngineError
+from vflow.engines.triton_server.model import TritonPythonModel as Sound
+
+
+class TritonPythonModel(Sound):
+    def initialize(self, args):
+        super().initialize(args)
+        backend = self._batcher.backend
+        vision, language = backend.vision, backend.language
+
+        def faulty_vision(pixels, *rest):
+            if pixels.shape[:2] == (8, 8):
+                raise RuntimeError("the vision graph is out of memory")
+            embeds, *others = vision(pixels, *rest)
+            return (np.full_like(embeds, np.nan) if pixels.shape[:2] == (1, 7) else embeds, *others)
+
+        def faulty_language(**feed):
+            if feed["budget"] == 49:
+                raise EngineError("the language graph is out of memory")
+            return language(**feed)
+
+        backend.vision, backend.language = faulty_vision, faulty_language
+"""
+FAULTS = {
+    (8, 8): "the request failed: RuntimeError: the vision graph is out of memory",
+    (7, 7): "the language graph is out of memory",
+    (1, 7): "not finite",
+}
 
 
 def png(image: np.ndarray) -> bytes:
@@ -75,10 +108,13 @@ def model(engine: Engine) -> str:
 
 @pytest.fixture(scope="module")
 def server(engine: Engine, slow_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
-    """The repository that build wrote, as it is; beside it one whose answers take long, and one that gives them whole."""
+    """The repository that build wrote, as it is; beside it one whose answers take long, one that gives them whole, and one that fails."""
     scratch = tmp_path_factory.mktemp("triton")
     write_model(scratch / "whole", "whole", Settings(str(engine.path), threads=1), stream=False)
-    repositories = [engine.path / REPOSITORY_FOLDER, slow_engine.path / REPOSITORY_FOLDER, scratch / "whole"]
+    for name in ("faulty", "faulty-whole"):
+        folder = write_model(scratch / "faulty", name, Settings(str(engine.path), slots=3, threads=1), stream=name == "faulty")
+        (folder / "1" / "model.py").write_text(FAULTY)
+    repositories = [engine.path / REPOSITORY_FOLDER, slow_engine.path / REPOSITORY_FOLDER, scratch / "whole", scratch / "faulty"]
     with TritonProcess(repositories, scratch) as process:
         yield process
 
@@ -195,6 +231,21 @@ def test_clients_that_call_infer_get_whole_answers_from_a_model_made_for_it(serv
             client.infer("whole", tensors(module, prompt=QUESTION, stream=True))
 
 
+def test_an_answer_ends_before_a_stop_string_as_elsewhere(server: TritonProcess, model: str, session: Session) -> None:
+    whole = session.generate(QUESTION, max_new_tokens=12)
+    stop = whole.text[len(whole.text) // 2 :][:7]  # over the end of a word, so that a piece that was held back is cut
+    expected = session.generate(QUESTION, max_new_tokens=12, stop=[stop, "never said"])
+    assert expected.finish_reason == "stop" and expected.text == whole.text[: whole.text.index(stop)] != ""
+    answer = server.ask(model, tensors(prompt=QUESTION, stop=["never said", stop], max_new_tokens=12))
+    assert_same(answer, expected)
+    assert answer.pieces[:-1] == list(session.stream(QUESTION, max_new_tokens=12, stop=[stop]))
+    for value in (stop, [stop]):
+        status, body = server.generate(model, prompt=QUESTION, stop=value, max_new_tokens=12, stream=False)
+        assert (status, body["text"], body["finish_reason"], body["new_tokens"]) == (200, expected.text, "stop", len(expected.token_ids))
+    assert_same(server.ask(model, tensors(prompt=QUESTION, stop=["never said"], max_new_tokens=12)), whole)
+    server.wait_for_gauge("requests_active", model, 0)
+
+
 # -------------------------------------------------------------------------------------------------------- bad requests
 
 
@@ -227,6 +278,10 @@ def test_clients_that_call_infer_get_whole_answers_from_a_model_made_for_it(serv
         ({"prompt": "a", "top_p": 0.0}, "top_p must be"),
         ({"prompt": "a", "top_k": -1}, "top_k must be"),
         ({"prompt": "a", "seed": -1}, "seed must be"),
+        ({"prompt": "a", "stop": list("abcde")}, "input stop has 5 strings; at most 4 are taken"),
+        ({"prompt": "a", "stop": ["a", ""]}, "stop[1] has 0 characters; it must have 1 to 1,000"),
+        ({"prompt": "a", "stop": ["a" * 1001]}, "stop[0] has 1,001 characters; it must have 1 to 1,000"),
+        ({"prompt": "a", "stop": [b"\xff"]}, "stop[0] must be UTF-8 text"),
         ({"prompt": "a", "keep_scale": 1.5}, "keep_scale must be in (0, 1]"),
         ({"prompt": "a", "max_pixels": 1}, "max_pixels must be at least"),
         ({"prompt": "a", "timeout": 0.0}, "timeout must be more than 0"),
@@ -266,6 +321,7 @@ ANYTHING = {
     "top_k": WHOLE_NUMBERS | st.just(3),
     "top_p": st.floats() | st.just(0.5),
     "seed": WHOLE_NUMBERS,
+    "stop": st.lists(st.binary(max_size=20) | st.text(max_size=20) | st.integers(999, 1001).map("a".__mul__), max_size=6),
     "keep_scale": st.floats() | st.floats(0, 1),
     "max_pixels": WHOLE_NUMBERS,
     "timeout": st.floats(),
@@ -325,6 +381,69 @@ def test_after_all_that_nothing_is_lost_and_answers_are_right(server: TritonProc
         assert_same(server.ask(model, tensors(prompt=prompt, **inputs, **options)), alone(session, *request))
 
 
+# ------------------------------------------------------------------------------------------------------ slots that fail
+
+
+def test_a_request_that_fails_in_its_slot_takes_nobody_along(server: TritonProcess, session: Session) -> None:
+    failing = [(QUESTION, [picture(*size, number)], {"max_new_tokens": 9}) for number in range(4) for size in FAULTS]  # four a slot
+    requests = [request for pair in zip(failing, some_requests(len(failing)), strict=True) for request in pair]
+    barrier = threading.Barrier(len(requests))
+
+    def client(request: tuple[str, list[np.ndarray], dict[str, Any]]) -> Answer:
+        prompt, images, options = request
+        inputs = tensors(prompt=prompt, **({"images": [png(image) for image in images]} if images else {}), **options)
+        barrier.wait(PATIENCE)
+        return server.ask("faulty", inputs)
+
+    with ThreadPoolExecutor(len(requests)) as clients:
+        answers = list(clients.map(client, requests))
+    for answer, message in zip(answers[::2], list(FAULTS.values()) * 4, strict=True):
+        assert answer.error is not None and message in answer.error and "\n" not in answer.error
+        assert answer.pieces == [] and answer.outputs == {}
+    for answer, request in zip(answers[1::2], requests[1::2], strict=True):
+        assert_same(answer, alone(session, *request))
+    server.wait_for_gauge("requests_active", "faulty", 0)
+    assert (server.gauge("requests_queued", "faulty"), server.gauge("slots", "faulty")) == (0, 3)
+    expected = alone(session, *requests[1])
+    with ThreadPoolExecutor(3) as clients:  # in every slot, after what has failed there
+        for answer in clients.map(lambda _: server.ask("faulty", tensors(prompt=requests[1][0], **requests[1][2])), range(3)):
+            assert_same(answer, expected)
+
+
+def test_a_failure_of_the_runtime_is_the_servers_and_a_bad_request_the_clients(server: TritonProcess) -> None:
+    requests = [(png(picture(*size)), "INTERNAL", message) for size, message in FAULTS.items()] + [(b"x", "INVALID_ARGUMENT", "not an image")]
+    for image, code, message in requests:
+        with pytest.raises(InferenceServerException, match=message) as caught:
+            triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}").infer("faulty-whole", tensors(prompt=QUESTION, images=[image]))
+        assert caught.value.status() == f"StatusCode.{code}"
+        status, body = server.generate("faulty", prompt=QUESTION, images=["data:;base64," + base64.b64encode(image).decode()], stream=False)
+        assert message in body["error"]
+        assert status == 400, "what Triton makes of every code there; if this fails, docs/triton.md need not say so any more"
+
+
+def test_requests_that_fail_leave_no_memory_no_threads_and_no_files_behind(server: TritonProcess) -> None:
+    (process,) = [child for child in server.children() if b"/faulty/1/" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    large = tensors(prompt=QUESTION, pixels=np.stack([picture(125, 125)]))  # 3 MB, and scaled down to 8 × 8 visual tokens
+
+    def held() -> tuple[int, int, int]:
+        """Bytes, threads and open files."""
+        server.wait_for_gauge("requests_active", "faulty", 0)
+        status = Path(f"/proc/{process}/status").read_text()
+        resident, threads = (int(re.findall(rf"{name}:\s+(\d+)", status)[0]) for name in ("VmRSS", "Threads"))
+        return resident * 1024, threads, len(list(Path(f"/proc/{process}/fd").iterdir()))
+
+    def fail(times: int) -> None:
+        for _ in range(times):
+            assert FAULTS[8, 8] in str(server.ask("faulty", large).error)
+
+    fail(20)
+    before = held()
+    fail(60)
+    after = held()
+    assert after[0] - before[0] < 30 * 3_000_000, "half of the images that were sent"
+    assert after[1] <= before[1] and after[2] <= before[2]
+
+
 # --------------------------------------------------------------------------------------------- clients and servers that go
 
 
@@ -380,6 +499,17 @@ def test_the_probe_sees_the_model_itself(slow_engine: Engine, tmp_path: Path) ->
         assert "not healthy" in str(why_dead(url, "slow"))
         assert server.ready, "what Triton itself says of a model whose process has died; if this fails, the probe is not needed any more"
     assert "refused" in str(why_dead(url, "slow"))
+
+
+def test_the_vision_model_is_read_up_to_the_backend_that_this_server_lacks_and_the_other_loads_alone(slow_engine: Engine, tmp_path: Path) -> None:
+    graph, repository = slow_engine.vision, tmp_path / "repository"
+    vision = BuiltEngine(graph.file, "", "", graph.inputs, graph.outputs, (Profile("square", {}), Profile("tall", {})), 1, 1.0, None)
+    write_model(repository, "slow", Settings(str(slow_engine.path), slots=1, threads=1))
+    write_vision_model(repository, "slow", str(slow_engine.path), vision)
+    with TritonProcess([repository], tmp_path, options=["--model-control-mode=explicit", "--load-model=slow"]) as server:
+        assert server.ask("slow", tensors(prompt="hello", max_new_tokens=2)).error is None
+        status, said = server.get(server.http_port, "/v2/repository/models/slow-vision/load", b"{}")
+        assert status == 400 and "unable to find backend library for backend 'tensorrt'" in said
 
 
 def test_told_to_stop_it_ends_its_answers_first(slow_engine: Engine, tmp_path: Path) -> None:
