@@ -33,12 +33,12 @@ SUMS = {
 }
 
 
-class RandomRounding(TorchDispatchMode):
+class RandomRounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has not typed it
     """Within it float32 operations round at random; the same seed rounds the same way. The project's own operators, which score and choose tokens,
     are left as they are, and so is what moves values or changes them in place."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
