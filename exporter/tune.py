@@ -29,7 +29,7 @@ from .study import finished_trials, open_study
 
 __all__ = ["MEASURES", "CalibrationSample", "FlowObjective", "FrontPoint", "Measure", "Resource", "TuneResult", "tune_front", "tune_schedule"]
 
-LEADERS = 8
+LEADERS = 8  # of a search, for other samples to judge: enough that luck on its own samples does not decide
 STARTUP_TRIALS = 10  # random, before the Gaussian process has something to go by
 Resource = Literal["kv", "flops"]
 Measure = Literal["overlap", "cosine"]

@@ -22,13 +22,13 @@ __all__ = ["KERNELS", "LAST_TOKEN_ATTENTION"]
 def last_token_attention_kernel(
     query, key, is_visual, length, attention,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr, SCALE: tl.constexpr,
-    HEAD_TILE: tl.constexpr, TILE: tl.constexpr, OWN_TILE: tl.constexpr,
+    HEAD_TILE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """g_j = mean_h softmax_j(scale · q_h·k_j) over the visual j, for OWN_TILE columns; scale > 0."""
-    own = tl.program_id(0) * OWN_TILE + tl.arange(0, OWN_TILE)
+    """g_j = mean_h softmax_j(scale · q_h·k_j) over the visual j, for TILE columns; scale > 0."""
+    own = tl.program_id(0) * TILE + tl.arange(0, TILE)
     own_visual = tl.load(is_visual + own, mask=own < length, other=0) != 0
     head = tl.arange(0, HEAD_TILE)
-    total = tl.zeros((OWN_TILE,), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
     for key_head in range(0, KV):
         query_head = query + key_head * (H // KV) * D
         keys = key + key_head * length * D
@@ -53,8 +53,7 @@ def last_token_attention_kernel(
 def _constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
     head_tile = max(triton.next_power_of_2(values["H"] // values["KV"]), MIN_DOT_WIDTH)
     heads = {"H": values["H"], "KV": values["KV"], "HEAD_TILE": head_tile}
-    tiles = {"TILE": 16, "OWN_TILE": 16} if precision == "fp32" else {"TILE": 64, "OWN_TILE": 64}
-    return {**heads, **product_constants(values["D"], precision), "SCALE": values["scale"], **tiles}
+    return {**heads, **product_constants(values["D"], precision), "SCALE": values["scale"], "TILE": 16 if precision == "fp32" else 64}
 
 
 LAST_TOKEN_ATTENTION = KernelSpec(
@@ -67,7 +66,7 @@ LAST_TOKEN_ATTENTION = KernelSpec(
     ),
     sizes={"length": "S"},
     outputs=(ArgumentSpec("attention", "float32", ("S",)),),
-    grid=("(S + OWN_TILE - 1) // OWN_TILE", "1", "1"),
+    grid=("(S + TILE - 1) // TILE", "1", "1"),
     constants=_constants,
     static=("H", "KV", "D"),
     attributes=("scale",),

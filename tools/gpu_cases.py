@@ -183,9 +183,8 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
         return hidden[:, index], cos[:, index], sin[:, index], key[index]
 
     rows = sizes.tokens + sizes.survivors
-    half = (
-        torch.randperm(sizes.tokens, generator=torch.Generator().manual_seed(0))[: sizes.tokens // 2].sort().values.to(device)
-    )  # as stages in the tower
+    shuffled = torch.randperm(sizes.tokens, generator=torch.Generator().manual_seed(0))
+    half = shuffled[: sizes.tokens // 2].sort().values.to(device)  # as many as stages in the tower keep
     kept = 2 * len(half) * (sizes.hidden + 128) * item
     return [
         Case(KEEP_TOP, [importance, survivors], {}, lambda: [keep_top(on_cpu, sizes.survivors)], eager_top, (EXACT,), sizes=shown),

@@ -67,7 +67,7 @@ def test_kept_indices_are_the_same_bit_for_bit_in_reference_function_and_kernel(
         np.testing.assert_array_equal(run_op("KeepTop", key, length(count))[0], expected)
 
 
-@pytest.mark.parametrize("tokens", [1024, 1025, 2600])
+@pytest.mark.parametrize("tokens", [1024, 1025, 2048, 2049, 2600])
 def test_selection_runs_over_several_tiles(tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     importance = torch.tensor(rng.integers(0, 40, tokens), dtype=torch.float32)
