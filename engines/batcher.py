@@ -337,6 +337,7 @@ class Batcher:
             visual_embeds=np.zeros((0, self.engine.shape.decoder.hidden_size), self.backend.dtype),
             visual_positions=np.zeros(0, np.int64),
             importance=np.zeros(0, np.float32),
+            key_bias=np.zeros(0, np.float32),
             budget=0,
             past_lengths=past_lengths,
         )

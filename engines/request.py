@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..exporter.schedule import keep_count
-from .backends.base import Backend
+from .backends.base import Backend, EmbeddedImage
 from .errors import EngineError
 from .manifest import Engine, Segment
 from .positions import ImageSurvivors, prompt_positions
@@ -122,14 +122,14 @@ def prepare_request(engine: Engine, backend: Backend, request: Request) -> Prepa
     """
     tower = engine.shape.tower
     began = time.perf_counter()
-    embeds, importances, survivors = [np.zeros((0, engine.shape.decoder.hidden_size), backend.dtype)], [np.zeros(0, np.float32)], []
+    none = np.zeros(0, np.float32)
+    embedded, survivors = [EmbeddedImage(np.zeros((0, engine.shape.decoder.hidden_size), backend.dtype), none, np.zeros(0, np.int64))], []
     for patches, (rows, columns), budget in zip(request.patches, request.grids, request.budgets, strict=True):
-        visual_embeds, importance, index = backend.vision(
+        image = backend.vision(
             patches.pixel_values.reshape(rows, columns, tower.group, tower.patch_dim), patches.entropy.reshape(rows, columns, tower.group), budget
         )
-        embeds.append(visual_embeds)
-        importances.append(importance)
-        survivors.append(ImageSurvivors(rows, columns, index))
+        embedded.append(image)
+        survivors.append(ImageSurvivors(rows, columns, image.index))
     vision_seconds = request.read_seconds + time.perf_counter() - began
 
     image_token = engine.tokens.image
@@ -141,8 +141,9 @@ def prepare_request(engine: Engine, backend: Backend, request: Request) -> Prepa
         input_ids=input_ids,
         position_ids=position_ids,
         next_position=next_position,
-        visual_embeds=np.concatenate(embeds),
-        importance=np.concatenate(importances),
+        visual_embeds=np.concatenate([image.visual_embeds for image in embedded]),
+        importance=np.concatenate([image.importance for image in embedded]),
+        key_bias=np.concatenate([none if image.key_bias is None else image.key_bias for image in embedded]),
         visual_positions=visual_positions,
         survivors=tuple(survivors),
         visual_tokens=sum(rows * columns for rows, columns in request.grids),
@@ -163,6 +164,7 @@ def run_language(backend: Backend, prepared: Prepared, past_lengths: NDArray[np.
         visual_embeds=prepared.visual_embeds,
         visual_positions=prepared.visual_positions,
         importance=prepared.importance,
+        key_bias=prepared.key_bias,
         budget=prepared.budget,
         past_lengths=past_lengths[None],  # [1, segments]
         slot=slot,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..exporter.schedule import keep_count
-from .manifest import Engine
+from .manifest import Engine, Segment
 from .positions import ImageSurvivors
 
 __all__ = ["GenerationResult", "KvBytes", "Prepared", "StageCount", "Step", "kv_bytes", "slot_bytes", "stage_counts", "token_bytes"]
@@ -28,19 +28,24 @@ def stage_counts(engine: Engine, budgets: Sequence[int]) -> tuple[StageCount, ..
 
 def kv_bytes(engine: Engine, allocated: int) -> KvBytes:
     """Sizes of the KV caches of one request whose buffers have ``allocated`` bytes."""
-    visual = sum(segment.layers * segment.visual_capacity for segment in engine.segments) * token_bytes(engine)
+    visual = sum(segment.visual_capacity * _held_bytes(engine, segment) for segment in engine.segments)
     return KvBytes(allocated, visual, engine.shape.decoder.layers * engine.limits.max_visual_tokens * token_bytes(engine))
 
 
 def slot_bytes(engine: Engine) -> int:
     """Bytes of the KV caches that one request takes, whatever it asks."""
-    return sum(segment.layers * segment.capacity for segment in engine.segments) * token_bytes(engine)
+    return sum(segment.capacity * _held_bytes(engine, segment) for segment in engine.segments)
 
 
 def token_bytes(engine: Engine) -> int:
     """Key and value of one token in one layer."""
     decoder = engine.shape.decoder
     return 2 * decoder.kv_heads * decoder.head_dim * engine.itemsize
+
+
+def _held_bytes(engine: Engine, segment: Segment) -> int:
+    """What a segment holds of one token: key and value in each of its layers, and once what is added to attention scores of it."""
+    return segment.layers * token_bytes(engine) + (engine.itemsize if engine.schedule.proportional_attention else 0)
 
 
 class Step(NamedTuple):
@@ -77,6 +82,7 @@ class Prepared:
         position_ids: int64 [3, S].
         next_position: position of the first token of the answer.
         visual_embeds: T [V, hidden_size], importance: float32 [V], visual_positions: int64 [V].
+        key_bias: float32 [V], what the decoder adds to its attention scores of each; empty where the schedule has no proportional attention.
         survivors: grid and surviving indices of each image.
         visual_tokens: original visual tokens of all images.
         budgets: visual tokens from which ratios are counted, of each image (fewer than it has with a smaller budget).
@@ -88,6 +94,7 @@ class Prepared:
     next_position: int
     visual_embeds: NDArray[Any]
     importance: NDArray[np.float32]
+    key_bias: NDArray[np.float32]
     visual_positions: NDArray[np.int64]
     survivors: tuple[ImageSurvivors, ...]
     visual_tokens: int

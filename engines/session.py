@@ -180,6 +180,7 @@ class Session:
             next_position=self._next_position + input_ids.size,
             visual_embeds=np.zeros((0, self.engine.shape.decoder.hidden_size), self.backend.dtype),
             importance=np.zeros(0, np.float32),
+            key_bias=np.zeros(0, np.float32),
             visual_positions=np.zeros(0, np.int64),
             survivors=(),
             visual_tokens=0,

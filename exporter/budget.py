@@ -171,7 +171,9 @@ def kv_bytes(schedule: Schedule, shape: ModelShape, *, tokens: int, bytes_per_va
     """KV cache of ``tokens`` original visual tokens (text not counted), bytes."""
     decoder = shape.decoder
     per_token = 2 * decoder.kv_heads * decoder.head_dim * bytes_per_value
-    return sum((end - first) * keep_count(tokens, keep) * per_token for first, end, keep in schedule.decoder_segments(decoder.layers))
+    bias = bytes_per_value if schedule.proportional_attention else 0  # of a token in a segment, whatever its layers
+    segments = schedule.decoder_segments(decoder.layers)
+    return sum(keep_count(tokens, keep) * ((end - first) * per_token + bias) for first, end, keep in segments)
 
 
 def spend_keep(layers: int, keep: float, starts: Sequence[int], choose: Callable[[int, int, int], float]) -> tuple[int, ...]:

@@ -22,7 +22,8 @@ __all__ = ["graph_for_onnxruntime"]
 
 DOMAIN = "com.microsoft"
 DOMAIN_VERSION = 1
-LENGTHS = 6  # place of nonpad_kv_seqlen among the inputs of Attention
+MASK, LENGTHS = 3, 6  # places of attn_mask and nonpad_kv_seqlen among the inputs of Attention
+BIAS_INPUT = 10  # place of attention_bias among those of GroupQueryAttention
 CACHED_HEAD_DIM_MULTIPLE = 8  # GroupQueryAttention refuses others
 
 
@@ -31,15 +32,15 @@ def graph_for_onnxruntime(file: Path) -> ir.Model:
     model = ir.load(file)
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for graph in graphs:
-        lengths: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        shared: dict[ir.Value, tuple[ir.Value, ...]] = {}
         lowered = 0
         for node in list(graph):
             if node.domain != "" or node.op_type != "Attention":
                 continue
-            if len(node.inputs) <= LENGTHS:
+            if len(node.inputs) <= MASK:
                 _lower_full(graph, node)
             elif _sizes(node.inputs[0])[1] % CACHED_HEAD_DIM_MULTIPLE == 0:
-                _lower_cached(graph, node, lengths)
+                _lower_cached(graph, node, shared)
             else:
                 continue
             lowered += 1
@@ -59,29 +60,46 @@ def _lower_full(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
     _replace(graph, node, tape, [(node.outputs[0], tape.op("Unsqueeze", [mixed, axis]))])
 
 
-def _lower_cached(graph: ir.Graph | ir.Function, node: ir.Node, lengths: dict[ir.Value, tuple[ir.Value, ir.Value]]) -> None:
-    """Attention of queries [B, H, S, D] to caches that two TensorScatter have extended; ``lengths`` holds what layers of a segment share."""
+def _lower_cached(graph: ir.Graph | ir.Function, node: ir.Node, shared: dict[ir.Value, tuple[ir.Value, ...]]) -> None:
+    """Attention of queries [B, H, S, D] to caches that two TensorScatter have extended, causal by lengths or by a mask; ``shared`` holds what layers
+    of a segment share."""
     tape = Tape()
-    query, in_use = node.inputs[0], node.inputs[LENGTHS]
-    assert query is not None and in_use is not None
+    query, mask = node.inputs[0], node.inputs[MASK]
+    assert query is not None
     scatters = [scatter for value in node.inputs[1:3] if value and (scatter := value.producer()) and scatter.op_type == "TensorScatter"]
     assert len(scatters) == 2
     caches, updates = ([scatter.inputs[place] for scatter in scatters] for place in (0, 1))
     heads, head_dim = _sizes(query)
     kv_heads, _ = _sizes(updates[0])
-    if in_use not in lengths:
-        one, into = _whole_numbers(tape, [1]), {"to": ir.DataType.INT32}
-        last = tape.op("Cast", [tape.op("Sub", [in_use, one])], into)  # int32 [B]
-        longest = tape.op("Cast", [tape.op("ReduceMax", [in_use], {"keepdims": 0})], into)  # int32, a scalar
-        lengths[in_use] = last, longest
-    inputs = [_heads_last(tape, value) for value in (query, *updates)]
+    key = mask or node.inputs[LENGTHS]
+    assert key is not None
+    if key not in shared:
+        shared[key] = _masked_lengths(tape, query, mask, scatters[0].inputs[2]) if mask else _lengths(tape, key)
+    inputs: list[ir.Value | None] = [*(_heads_last(tape, value) for value in (query, *updates)), *caches, *shared[key][:2]]
+    inputs += [*[None] * (BIAS_INPUT - len(inputs)), *shared[key][2:]] if mask else []
     attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": node.attributes["scale"].as_float()}
-    mixed, *extended = tape.op_multi_out("GroupQueryAttention", [*inputs, *caches, *lengths[in_use]], attributes, domain=DOMAIN, num_outputs=3)
+    mixed, *extended = tape.op_multi_out("GroupQueryAttention", inputs, attributes, domain=DOMAIN, num_outputs=3)
     split = tape.op("Reshape", [mixed, _whole_numbers(tape, [0, 0, heads, head_dim])])
     back = tape.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
     written = [scatter.outputs[0] for scatter in scatters]
     _replace(graph, node, tape, [(node.outputs[0], back), *zip(written, extended, strict=True)])
     graph.remove(scatters, safe=True)
+
+
+def _lengths(tape: Tape, in_use: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Entries in use [B] → int32 [B], one less, and int32, the most of them."""
+    into = {"to": ir.DataType.INT32}
+    last = tape.op("Cast", [tape.op("Sub", [in_use, _whole_numbers(tape, [1])])], into)
+    return last, tape.op("Cast", [tape.op("ReduceMax", [in_use], {"keepdims": 0})], into)
+
+
+def _masked_lengths(tape: Tape, query: ir.Value, mask: ir.Value, starts: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The same where queries [B, H, S, D] stand from ``starts`` [B] on, and of a mask [B, 1, S, capacity] the entries that any row uses."""
+    length = tape.op("Shape", [query], {"start": 2, "end": 3})
+    last, longest = _lengths(tape, tape.op("Add", [starts, length]))
+    zero, axis = _whole_numbers(tape, [0]), _whole_numbers(tape, [3])
+    end = tape.op("Reshape", [tape.op("Cast", [longest], {"to": ir.DataType.INT64}), _whole_numbers(tape, [1])])
+    return last, longest, tape.op("Slice", [mask, zero, end, axis])
 
 
 def _heads_last(tape: Tape, value: ir.Value | None) -> ir.Value:

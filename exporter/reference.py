@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..engines.backends.base import EmbeddedImage
 from ..engines.directory import kv_segments
 from ..engines.manifest import Segment, TokenIds
 from ..engines.positions import ImageSurvivors, prompt_positions, text_positions
@@ -26,10 +27,10 @@ from ..engines.request import ImageSource, prompt_lengths
 from .build import copy_text_files, image_processor
 from .checkpoint import Checkpoint
 from .model import load_model, pruned_graphs
-from .models.qwen2_vl import LanguageGraph, VisionGraph, model_shape
+from .models.qwen2_vl import Embedded, LanguageGraph, VisionGraph, model_shape
 from .schedule import Schedule
 
-__all__ = ["Embedded", "Picture", "Question", "ReferenceModel", "Reply", "TorchBackend", "cosine", "overlap"]
+__all__ = ["Picture", "Question", "ReferenceModel", "Reply", "TorchBackend", "cosine", "overlap"]
 
 NUMPY_DTYPES: dict[torch.dtype, type[np.floating[Any]]] = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
@@ -46,8 +47,10 @@ class TorchBackend:
         self._dtype: torch.dtype = next(language.parameters()).dtype
         self.dtype = NUMPY_DTYPES[self._dtype]
         self.slots = 1
-        self._caches = []
+        self._caches, self._biases = [], []
         for segment in segments:
+            if language.schedule.proportional_attention:
+                self._biases.append(torch.zeros(1, 1, segment.capacity, 1, dtype=self._dtype))
             for _ in range(segment.layers):
                 sizes = (1, language.shape.kv_heads, segment.capacity, language.shape.head_dim)
                 self._caches.append((torch.zeros(sizes, dtype=self._dtype), torch.zeros(sizes, dtype=self._dtype)))
@@ -59,19 +62,14 @@ class TorchBackend:
 
     def clear_caches(self, slot: int | None = None) -> None:
         """Overwrite the caches with zeros."""
-        for key, value in self._caches:
-            key.zero_()
-            value.zero_()
+        for cache in (*self._biases, *(part for pair in self._caches for part in pair)):
+            cache.zero_()
 
     @torch.inference_mode()
-    def vision(
-        self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
-    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
+    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
         """As ``OnnxRuntimeBackend.vision``."""
-        embeds, importance, index = self._vision(
-            torch.from_numpy(pixel_values).to(self._dtype), torch.from_numpy(entropy), torch.zeros(budget, dtype=torch.int32)
-        )
-        return embeds.numpy(), importance.numpy(), index.numpy()
+        outputs = self._vision(torch.from_numpy(pixel_values).to(self._dtype), torch.from_numpy(entropy), torch.zeros(budget, dtype=torch.int32))
+        return EmbeddedImage(*(output.numpy() for output in outputs if output is not None))
 
     @torch.inference_mode()
     def language(
@@ -82,25 +80,25 @@ class TorchBackend:
         visual_embeds: NDArray[Any],
         visual_positions: NDArray[np.int64],
         importance: NDArray[np.float32],
+        key_bias: NDArray[np.float32],
         budget: int,
         past_lengths: NDArray[np.int64],
         slot: int = 0,
     ) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """As ``OnnxRuntimeBackend.language``, for one request."""
-        logits, last_hidden, self._caches = self._language(
+        logits, last_hidden, self._caches, self._biases = self._language(
             torch.from_numpy(input_ids),
             torch.from_numpy(position_ids),
             torch.from_numpy(visual_embeds).to(self._dtype),
             torch.from_numpy(visual_positions),
             torch.from_numpy(importance),
             torch.zeros(budget, dtype=torch.int32),
+            torch.from_numpy(key_bias) if self._biases else None,
             torch.from_numpy(past_lengths),
             self._caches,
+            self._biases,
         )
         return logits.numpy(), last_hidden.numpy()
-
-
-Embedded = tuple[Tensor, Tensor, Tensor]  # visual_embeds T [M, H], importance float32 [M], index int64 [M] of one picture
 
 
 @dataclass(frozen=True)
@@ -194,20 +192,22 @@ class ReferenceModel:
         """Prefill with pictures that are embedded already, then choose at most ``new_tokens`` tokens greedily (0: only the hidden state)."""
         schedule, decoder, image_token = language.schedule, self.shape.decoder, self.tokens.image
         survivors = [
-            ImageSurvivors(picture.rows, picture.columns, index.numpy()) for picture, (_, _, index) in zip(question.pictures, embedded, strict=True)
+            ImageSurvivors(picture.rows, picture.columns, image.index.numpy()) for picture, image in zip(question.pictures, embedded, strict=True)
         ]
         input_ids, places = expand_image_tokens(question.token_ids, [image.index.size for image in survivors], image_token=image_token)
         position_ids, position = prompt_positions(input_ids, survivors, image_token=image_token, renumber_first_stage=schedule.renumber_first_stage)
         room = question.text_tokens + new_tokens
         segments = kv_segments(schedule, decoder.layers, max_visual_tokens=max(1, question.visual_tokens), max_text_tokens=room)
         backend = TorchBackend(vision, language, segments)
-        visual_embeds = torch.cat([embeds for embeds, _, _ in embedded]) if embedded else torch.zeros(0, decoder.hidden_size)
+        visual_embeds = torch.cat([image.visual_embeds for image in embedded]) if embedded else torch.zeros(0, decoder.hidden_size)
+        none = torch.zeros(0)
         logits, last_hidden = backend.language(
             input_ids=input_ids[None],
             position_ids=position_ids[:, None],
             visual_embeds=visual_embeds.numpy(),
             visual_positions=places,
-            importance=torch.cat([importance for _, importance, _ in embedded]).numpy() if embedded else np.zeros(0, np.float32),
+            importance=torch.cat([none, *(image.importance for image in embedded)]).numpy(),
+            key_bias=torch.cat([none, *(image.key_bias for image in embedded if image.key_bias is not None)]).numpy(),
             budget=question.visual_tokens,
             past_lengths=np.zeros((1, len(segments)), np.int64),
         )
@@ -224,7 +224,8 @@ class ReferenceModel:
                 position_ids=text_positions(position, 1)[:, None],
                 visual_embeds=np.zeros((0, decoder.hidden_size), backend.dtype),
                 visual_positions=np.zeros(0, np.int64),
-                importance=np.zeros(0, np.float32),
+                importance=none.numpy(),
+                key_bias=none.numpy(),
                 budget=0,
                 past_lengths=lengths,
             )

@@ -66,6 +66,8 @@ def schedule_lines(schedule: Schedule, shape: ModelShape) -> Iterator[str]:
         yield f"before {stage.part} {stage.layer}: keep {stage.keep / KEEP_UNIT:.3f}{recycled}"
     settings = schedule.importance
     yield f"global threshold {settings.global_threshold:.2f}, entropy weight {settings.entropy_weight:.2f}, guidance {schedule.guidance_weight:.2f}"
+    if schedule.proportional_attention:
+        yield f"proportional attention {schedule.proportional_attention:.2f}"
     yield f"average keep {schedule.average_keep(shape.decoder.layers):.4f}"
 
 

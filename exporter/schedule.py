@@ -34,6 +34,7 @@ SCHEDULE_FORMAT = 1
 KEEP_UNIT = 1024  # ratios and cell sides are integers of this
 MAX_GLOBAL_THRESHOLD = 50.0  # the box that the paper searches
 RECYCLE_RANGE = (1.0, 64.0)  # cell side in visual tokens; the paper searches [3, 24]
+MAX_PROPORTIONAL_ATTENTION = 4.0  # on the small model 2 to 3 serve best and 4 is too much (docs/quality.md)
 
 Part = Literal["tower", "decoder"]
 RecycledImportance = Literal["own", "sum", "protected"]
@@ -138,6 +139,8 @@ class Schedule:
         recycled_importance: what a representative carries on: its ``own`` importance (published), the ``sum`` of its
             cell, or ``protected``: it survives all later stages.
         guidance_weight: β in [0, 1], weight of the last prompt token's attention at stages inside the decoder (0: off).
+        proportional_attention: γ in [0, 4]: the decoder adds γ·log(n) to its attention scores of a token that stands for n (0: off; 1: as n
+            equal tokens would be looked at). Section 2a of docs/algorithm.md.
         renumber_first_stage: survivors of the first decoder stage get consecutive position ids, as the research code does.
         model: fingerprint of the model that the schedule was made for; None fits every model with these layers.
         provenance: how it was found; carried along, never interpreted.
@@ -147,6 +150,7 @@ class Schedule:
     importance: Importance = field(default_factory=Importance)
     recycled_importance: RecycledImportance = "own"
     guidance_weight: float = 0.0
+    proportional_attention: float = 0.0
     renumber_first_stage: bool = False
     model: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -156,6 +160,8 @@ class Schedule:
             raise ScheduleError(f"recycled_importance must be 'own', 'sum' or 'protected', got {self.recycled_importance!r}")
         if not _is_number(self.guidance_weight) or not 0 <= self.guidance_weight <= 1:
             raise ScheduleError(f"guidance_weight must be in [0, 1], got {self.guidance_weight!r}")
+        if not _is_number(self.proportional_attention) or not 0 <= self.proportional_attention <= MAX_PROPORTIONAL_ATTENTION:
+            raise ScheduleError(f"proportional_attention must be in [0, {MAX_PROPORTIONAL_ATTENTION:g}], got {self.proportional_attention!r}")
         if not isinstance(self.renumber_first_stage, bool):
             raise ScheduleError(f"renumber_first_stage must be true or false, got {self.renumber_first_stage!r}")
         if not all(isinstance(stage, Stage) for stage in self.stages):
@@ -168,6 +174,10 @@ class Schedule:
             json.dumps(dict(self.provenance), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ScheduleError(f"provenance must hold JSON values only ({error})") from None
+        if self.proportional_attention and all(stage.recycle is None for stage in self.stages):
+            raise ScheduleError(
+                "proportional_attention: no stage recycles, so every token stands for itself alone; set recycle at one, or set this to 0"
+            )
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if _order(after) <= _order(before):
                 raise ScheduleError(

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from .budget import cost, kv_bytes, spend_keep
 from .presets import FIRST_TOWER_BLOCK
-from .schedule import KEEP_UNIT, MAX_GLOBAL_THRESHOLD, Importance, RecycledImportance, Schedule, ScheduleError, Stage
+from .schedule import KEEP_UNIT, MAX_GLOBAL_THRESHOLD, MAX_PROPORTIONAL_ATTENTION, Importance, RecycledImportance, Schedule, ScheduleError, Stage
 from .shape import ModelShape
 
 __all__ = ["Budget", "SearchSpace", "parse_bytes"]
@@ -25,7 +25,7 @@ MOST_TOWER_PLACES = 16  # candidate blocks: each costs memory for the unpruned t
 TOWER_STAGES = 2  # at most, by attention; one by the pixels besides
 LATER_STAGES = 2  # at most, inside the decoder; one before it besides
 NO_CUT = 0.85  # of a tower keep's coordinate; above, the stage is none
-EXACT_ZERO = 0.1  # of the coordinates of t, β and what a decoder stage keeps above an even spread; below, they are 0
+EXACT_ZERO = 0.1  # of the coordinates of t, β, γ and what a decoder stage keeps above an even spread; below, they are 0
 LEAST_SCORE_ROWS = 32  # of 1024
 AVERAGE_STEPS = KEEP_UNIT  # the average keep is a whole number of 1/1024 of a layer
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -71,8 +71,9 @@ class Budget:
         keeps = [1.0] if self.keep is None else [self.keep]
         if self.kv_bytes is not None:
             whole = kv_bytes(Schedule(), shape, tokens=self.rows * self.columns, bytes_per_value=self.bytes_per_value)
-            rounding = kv_bytes(Schedule(), shape, tokens=1, bytes_per_value=self.bytes_per_value)
-            keeps.append((self.kv_bytes - rounding) / whole)  # ceilings cost up to a token a layer
+            rounding = kv_bytes(Schedule(), shape, tokens=1, bytes_per_value=self.bytes_per_value)  # ceilings cost up to a token a layer
+            bias = (1 + LATER_STAGES) * self.rows * self.columns * self.bytes_per_value  # the most that proportional attention takes besides
+            keeps.append((self.kv_bytes - rounding - bias) / whole)
         if min(keeps) * KEEP_UNIT < 1:
             raise ScheduleError(f"the budget leaves less than 1/{KEEP_UNIT} of the visual tokens (or less than one); raise it")
         return min(keeps)
@@ -130,13 +131,15 @@ class SearchSpace:
     def starts(self) -> tuple[Point, ...]:
         """Points to try first: in one stage and in several, merged and not, with and without entropy, from the pixels on and by attention alone."""
         plain: Point = {**self.middle(), "global_threshold": 0.0, "entropy_weight": 0.5, "guidance_weight": 0.0, "vision_layer": 0.0}
-        plain |= {"score_rows": 0.4, "pixel_keep": 0.4, "tower_place_0": 0.0, "tower_place_1": 0.5, "tower_keep_0": 1.0, "tower_keep_1": 0.5}
+        plain |= {"proportional_attention": 0.6, "score_rows": 0.4}
+        plain |= {"pixel_keep": 0.4, "tower_place_0": 0.0, "tower_place_1": 0.5, "tower_keep_0": 1.0, "tower_keep_1": 0.5}
         single: Point = {**plain, "decoder_keep_0": 0.0, "decoder_keep_1": 0.0, "recycle": 0.0, "pixel_recycle": 0.0}
         merged: Point = {**single, "recycle": 1.0, "cell_size": 0.35, "pixel_recycle": 1.0, "pixel_cell_size": 0.25}
         chosen = [
             merged,
             single,
             {**merged, "cell_size": 0.1},
+            {**merged, "proportional_attention": 0.0},
             {**merged, "decoder_keep_0": 0.4, "decoder_keep_1": 0.4},
             {**single, "entropy_weight": 0.85},
         ]
@@ -154,7 +157,7 @@ class SearchSpace:
         names = [] if self.budget.bounds_keep else ["average_keep"]
         names += [f"decoder_place_{n}" for n in range(min(LATER_STAGES, len(self.decoder_places)))]
         names += [f"decoder_keep_{n}" for n in range(len(self._decoder_starts(None)) - 1)]
-        names += ["global_threshold", "entropy_weight", *(["recycle", "vision_layer"] if self.beyond else []), "cell_size"]
+        names += ["global_threshold", "entropy_weight", *(["recycle", "proportional_attention", "vision_layer"] if self.beyond else []), "cell_size"]
         names += ["guidance_weight"] if self.guidance else []
         if self.tower_places:
             count = min(TOWER_STAGES, len(self.tower_places))
@@ -215,8 +218,11 @@ class SearchSpace:
                 threshold = wished
         choice = replace(choice, threshold=threshold, global_rows=Importance(threshold).global_rows if threshold else 0)
         choice = replace(choice, shrink=_largest(lambda value: affordable(replace(choice, shrink=value)), 0, KEEP_UNIT))
+        found = self._assemble(unit, choice)
+        recycles = any(stage.recycle is not None for stage in found.stages)
         return replace(
-            self._assemble(unit, choice),
+            found,
+            proportional_attention=MAX_PROPORTIONAL_ATTENTION * _beyond_zero(unit.get("proportional_attention", 0.0)) if recycles else 0.0,
             guidance_weight=_beyond_zero(unit.get("guidance_weight", 0.0)),
             recycled_importance=carried,  # type: ignore[arg-type]  # validated by Schedule
         )

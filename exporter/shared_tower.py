@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..plugins.importance import add_entropy, context_relevance, global_tokens, masked_column_mean, received_attention
-from .models.qwen2_vl import TowerState, VisionGraph
-from .reference import Embedded, Picture, ReferenceModel
+from .models.qwen2_vl import Embedded, TowerState, VisionGraph
+from .reference import Picture, ReferenceModel
 from .schedule import KEEP_UNIT, Importance, Schedule
 
 __all__ = ["SharedTower", "WalkedTower"]

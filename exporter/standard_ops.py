@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..plugins.node import OPSET, is_tracing
 
-__all__ = ["attention", "cached_causal_attention", "rms_norm", "rotary_embedding", "tensor_scatter"]
+__all__ = ["attention", "cached_causal_attention", "masked_attention", "rms_norm", "rotary_embedding", "tensor_scatter"]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
@@ -41,6 +41,20 @@ def cached_causal_attention(query: Tensor, keys: Tensor, values: Tensor, lengths
     last_seen = (lengths[:, None] - rows + torch.arange(rows, device=lengths.device))[:, None, :, None]  # [B, 1, R, 1]
     visible = torch.arange(capacity, device=lengths.device) <= last_seen
     return F.scaled_dot_product_attention(query, keys, values, visible, scale=scale, enable_gqa=query.shape[1] != keys.shape[1])
+
+
+def masked_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    """Attention with a mask that is added to the scores.
+
+    Args:
+        query: [B, H, R, D]; keys, values: [B, KV, P, D]; mask: [B, 1, R, P], −∞ where a query does not look.
+
+    Returns:
+        [B, H, R, D].
+    """
+    if is_tracing():
+        return _standard("Attention", (query, keys, values, mask), {"scale": scale}, query)
+    return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=query.shape[1] != keys.shape[1])
 
 
 def tensor_scatter(cache: Tensor, update: Tensor, starts: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from .models.qwen2_vl import LanguageGraph, VisionGraph
 from .schedule import Schedule
 from .shape import ModelShape
 
-__all__ = ["cache_names", "trace_language", "trace_vision"]
+__all__ = ["bias_names", "cache_names", "trace_language", "trace_vision"]
 
 FUNCTIONS = {f.name: f for module in (importance, compaction, guidance) for f in module.FUNCTIONS}
 AUTO = Dim.AUTO
@@ -34,6 +34,11 @@ AUTO = Dim.AUTO
 def cache_names(layers: int, prefix: str) -> list[str]:
     """Names of the KV caches, key and value of each layer in turn; ``prefix`` is past_key_values or present."""
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+
+
+def bias_names(segments: int, prefix: str) -> list[str]:
+    """Names of what is added to attention scores of the tokens in each segment's caches; ``prefix`` as above."""
+    return [f"{prefix}.bias.{segment}" for segment in range(segments)]
 
 
 def trace_vision(graph: VisionGraph, shape: ModelShape, *, dtype: torch.dtype) -> ir.Model:
@@ -47,9 +52,10 @@ def trace_vision(graph: VisionGraph, shape: ModelShape, *, dtype: torch.dtype) -
     if graph.uses_budget():
         arguments["budget_tokens"] = torch.zeros(rows * columns, dtype=torch.int32)
         sizes["budget_tokens"] = {0: Dim.DYNAMIC}
-    model = _export(_VisionEntry(graph), arguments, sizes, ["visual_embeds", "importance", "index"])
-    survivors = {"visual_embeds": {0: "survivors"}, "importance": {0: "survivors"}, "index": {0: "survivors"}}
+    outputs = ["visual_embeds", "importance", "index", *(["key_bias"] if graph.schedule.proportional_attention else [])]
+    model = _export(_VisionEntry(graph), arguments, sizes, outputs)
     grid = {0: "rows", 1: "columns"}
+    survivors = {name: {0: "survivors"} for name in outputs}
     _name_dimensions(model, {"pixel_values": grid, "entropy": grid, "budget_tokens": {0: "budget"}, **survivors})
     return model
 
@@ -75,31 +81,36 @@ def trace_language(graph: LanguageGraph, shape: ModelShape, schedule: Schedule, 
         arguments["importance"] = torch.zeros(visual)
         arguments["budget_tokens"] = torch.zeros(budget, dtype=torch.int32)
         sizes["importance"] = sizes["budget_tokens"] = {0: Dim.DYNAMIC}
+    if schedule.proportional_attention:
+        arguments["key_bias"] = torch.zeros(visual)
+        sizes["key_bias"] = {0: Dim.DYNAMIC}
     arguments["past_lengths"] = torch.zeros(batch, len(segments), dtype=torch.int64)
     sizes["past_lengths"] = {0: Dim.DYNAMIC}
-    caches, cache_sizes = [], []
+    caches, biases = [], []
     for number, (first, end, _) in enumerate(segments):
         for _ in range(first, end):
             cache = torch.zeros(batch, decoder.kv_heads, 64 + number, decoder.head_dim, dtype=dtype)
             caches.append((cache, cache.clone()))
-            cache_sizes.append(({0: Dim.DYNAMIC, 2: Dim.DYNAMIC},) * 2)
-    arguments["past_key_values"], sizes["past_key_values"] = caches, cache_sizes
-    outputs = ["logits", "last_hidden", *cache_names(decoder.layers, "present")]
-    model = _export(_LanguageEntry(graph), arguments, sizes, outputs)
+        if schedule.proportional_attention:
+            biases.append(torch.zeros(batch, 1, 64 + number, 1, dtype=dtype))
+    cache_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    arguments["past_key_values"], sizes["past_key_values"] = caches, [(cache_size, cache_size)] * len(caches)
+    arguments["past_key_bias"], sizes["past_key_bias"] = biases, [cache_size] * len(biases)
+    past, present = ([*cache_names(decoder.layers, prefix), *bias_names(len(biases), prefix)] for prefix in ("past_key_values", "present"))
+    model = _export(_LanguageEntry(graph), arguments, sizes, ["logits", "last_hidden", *present])
     names: dict[str, dict[int, str]] = {
         "input_ids": {0: "batch", 1: "length"},
         "position_ids": {1: "batch", 2: "length"},
-        **{name: {0: "visual"} for name in ("visual_embeds", "visual_positions", "importance")},
+        **{name: {0: "visual"} for name in ("visual_embeds", "visual_positions", "importance", "key_bias")},
         "budget_tokens": {0: "budget"},
         **{name: {0: "batch"} for name in ("past_lengths", "logits", "last_hidden")},
     }
-    past = cache_names(decoder.layers, "past_key_values")
-    present = cache_names(decoder.layers, "present")
     for value, name in zip(model.graph.inputs[-len(past) :], past, strict=True):
         value.name = name
     for number, (first, end, _) in enumerate(segments):
-        for name in (*past[2 * first : 2 * end], *present[2 * first : 2 * end]):
-            names[name] = {0: "batch", 2: f"capacity_{number}"}
+        for side in (past, present):
+            for name in (*side[2 * first : 2 * end], *side[2 * decoder.layers + number :][:1]):
+                names[name] = {0: "batch", 2: f"capacity_{number}"}
     _name_dimensions(model, names)
     return model
 
@@ -111,9 +122,8 @@ class _VisionEntry(nn.Module):
         super().__init__()
         self.walk = graph
 
-    def forward(self, pixel_values: Tensor, entropy: Tensor | None = None, budget_tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor] = self.walk(pixel_values, entropy, budget_tokens)
-        return outputs
+    def forward(self, pixel_values: Tensor, entropy: Tensor | None = None, budget_tokens: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(output for output in self.walk(pixel_values, entropy, budget_tokens) if output is not None)
 
 
 class _LanguageEntry(nn.Module):
@@ -129,12 +139,23 @@ class _LanguageEntry(nn.Module):
         visual_positions: Tensor,
         importance: Tensor | None = None,
         budget_tokens: Tensor | None = None,
+        key_bias: Tensor | None = None,
         *,
         past_lengths: Tensor,
         past_key_values: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        outputs: tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]] = self.walk(
-            input_ids, position_ids, visual_embeds, visual_positions, importance, budget_tokens, past_lengths, past_key_values
+        past_key_bias: list[Tensor],
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
+        outputs: tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]], list[Tensor]] = self.walk(
+            input_ids,
+            position_ids,
+            visual_embeds,
+            visual_positions,
+            importance,
+            budget_tokens,
+            key_bias,
+            past_lengths,
+            past_key_values,
+            past_key_bias,
         )
         return outputs
 

@@ -447,8 +447,8 @@ def test_verify_looks_at_the_graphs_that_other_runtimes_get(
     vision = OnnxRuntimeBackend.vision
 
     def shifted(self: OnnxRuntimeBackend, *inputs: Any) -> Any:
-        embeds, importance, index = vision(self, *inputs)
-        return embeds, importance * np.float32(1.01 if self._standard else 1.0), index
+        image = vision(self, *inputs)
+        return image._replace(importance=image.importance * np.float32(1.01 if self._standard else 1.0))
 
     monkeypatch.setattr(OnnxRuntimeBackend, "vision", shifted)
     values = json.loads(call("verify", engine.path, "--image", image, "--json").stdout)

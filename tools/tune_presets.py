@@ -49,9 +49,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     checkpoint = open_checkpoint(args.model)
     shape, grid = model_shape(checkpoint.config), args.side // 28
+    blocks = range(2, shape.tower.blocks)
     samples = list(generated_samples(args.samples + args.judges, BENCH_KINDS, args.side, seed=CALIBRATION_SEED))
     judges = samples[args.samples :]
-    objective = FlowObjective(checkpoint, samples[: args.samples], blocks=range(2, shape.tower.blocks))
+    objective = FlowObjective(checkpoint, samples[: args.samples], blocks=blocks)
     args.output.mkdir(parents=True, exist_ok=True)
     for tower in (False, True) if args.tower is None else (args.tower,):
         found: list[Mapping[str, float | str]] = []
@@ -64,7 +65,7 @@ def main() -> None:
                 tune_schedule(objective, space, fingerprint=checkpoint.fingerprint, trials=args.trials, seed=seed, start=start) for seed in args.seeds
             ]
             leaders = [(search, point) for search in searches for point in search.leaders]
-            verdicts = judged(checkpoint, judges, [space.schedule(point) for _, point in leaders])
+            verdicts = judged(checkpoint, judges, [space.schedule(point) for _, point in leaders], blocks)
             search, point = leaders[int(np.argmax(verdicts))]
             found = [point]
             choice = {"value": max(verdicts), "chosen": f"of {len(leaders)} leading trials, on {len(judges)} other samples"}
@@ -81,13 +82,12 @@ def main() -> None:
                 print(f"    {line}", flush=True)
 
 
-def judged(checkpoint: Checkpoint, samples: Sequence[CalibrationSample], schedules: Sequence[Schedule]) -> list[float]:
-    """The objective of each schedule on samples that the searches have not seen."""
+def judged(checkpoint: Checkpoint, samples: Sequence[CalibrationSample], schedules: Sequence[Schedule], blocks: Sequence[int]) -> list[float]:
+    """The objective of each schedule on samples that the searches have not seen; ``blocks`` as of their objective: where the tower is kept."""
     values = []
     for first in range(0, len(samples), PART):
         part = samples[first : first + PART]
-        blocks = {schedule.tower_stages[0].layer for schedule in schedules if schedule.tower_stages} - {0}
-        objective = FlowObjective(checkpoint, part, blocks=sorted(blocks))
+        objective = FlowObjective(checkpoint, part, blocks=blocks)
         values.append([objective.score(schedule) * len(part) / len(samples) for schedule in schedules])
     return [float(value) for value in np.sum(values, axis=0)]
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "EmbeddedImage"]
+
+
+class EmbeddedImage(NamedTuple):
+    """What the vision graph makes of one image: ``visual_embeds`` T [M, hidden_size], ``importance`` float32 [M], ``index`` int64 [M], and where the
+    graph has it ``key_bias`` float32 [M]."""
+
+    visual_embeds: NDArray[Any]
+    importance: NDArray[np.float32]
+    index: NDArray[np.int64]  # type: ignore[assignment]  # the graph's name for it, more use here than tuple.index
+    key_bias: NDArray[np.float32] | None = None
 
 
 class Backend(Protocol):
@@ -26,10 +36,8 @@ class Backend(Protocol):
     def clear_caches(self, slot: int | None = None) -> None:
         """Overwrite the caches of one slot, or of all, with finite numbers."""
 
-    def vision(
-        self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
-    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
-        """One image: ``visual_embeds`` T [M, hidden_size], ``importance`` float32 [M], ``index`` int64 [M]."""
+    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
+        """One image."""
 
     def language(
         self,
@@ -39,6 +47,7 @@ class Backend(Protocol):
         visual_embeds: NDArray[Any],
         visual_positions: NDArray[np.int64],
         importance: NDArray[np.float32],
+        key_bias: NDArray[np.float32],
         budget: int,
         past_lengths: NDArray[np.int64],
         slot: int = 0,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError
 from ..manifest import Engine, Graph
+from .base import EmbeddedImage
 
 __all__ = ["DISABLED_OPTIMIZERS", "MINIMUM_VERSION", "OnnxRuntimeBackend", "check_version", "session_options"]
 
@@ -32,12 +33,11 @@ DISABLED_OPTIMIZERS = ["NchwcTransformer"]
 # model were 0.17 off. Level 1 multiplies in float32.
 MULTIPLY_EXACTLY = ("session.qdq_matmulnbits_accuracy_level", "1")
 LOG_SEVERITY = 3  # errors only: fp16 graphs load with warnings about constants that the CPU cannot fold, of no use to anybody
-CACHE_INPUT = "past_key_values.{layer}.{kind}"
-CACHE_OUTPUT = "present.{layer}.{kind}"
+CACHE_INPUT, BIAS_INPUT = "past_key_values.{layer}.{kind}", "past_key_values.bias.{segment}"
 CACHE_KINDS = ("key", "value")
 VISION_INPUTS = frozenset({"pixel_values", "entropy", "budget_tokens"})
 LANGUAGE_INPUTS = frozenset(
-    {"input_ids", "position_ids", "visual_embeds", "visual_positions", "importance", "budget_tokens", "past_lengths"}
+    {"input_ids", "position_ids", "visual_embeds", "visual_positions", "importance", "budget_tokens", "key_bias", "past_lengths"}
 )  # beside the caches
 
 
@@ -70,9 +70,11 @@ class OnnxRuntimeBackend:
         self._standard = standard
         self._failures = _failures()
         self._vision_inputs = frozenset(engine.vision.input_names)
+        self._vision_outputs = [name for name in EmbeddedImage._fields if name in {output.name for output in engine.vision.outputs}]
         self._language_inputs = frozenset(engine.language.input_names)
         _check_inputs(engine.vision, VISION_INPUTS)
-        _check_inputs(engine.language, LANGUAGE_INPUTS | _cache_names(CACHE_INPUT, engine.shape.decoder.layers))
+        biases = {BIAS_INPUT.format(segment=number) for number in range(len(engine.segments))} if engine.schedule.proportional_attention else set()
+        _check_inputs(engine.language, LANGUAGE_INPUTS | biases | {*_cache_names(0, engine.shape.decoder.layers)})
         options = session_options(runtime, threads)
         if slots > 1:  # the two graphs then run side by side, and a graph's idle threads would spin on the cores that the other one needs
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -104,9 +106,7 @@ class OnnxRuntimeBackend:
             contents[slice(None) if slot is None else slot] = 0
             value.update_inplace(contents)
 
-    def vision(
-        self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
-    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
+    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
         """Run the vision graph on one image.
 
         Args:
@@ -114,20 +114,15 @@ class OnnxRuntimeBackend:
             entropy: float32 [rows, columns, G], bits.
             budget: N, original visual tokens from which the stages' ratios are counted.
 
-        Returns:
-            ``visual_embeds`` T [M, hidden_size], ``importance`` float32 [M], ``index`` int64 [M].
-
         Raises:
             EngineError: the runtime failed, out of memory for instance.
         """
         feed = {"pixel_values": pixel_values.astype(self.dtype, copy=False), "entropy": entropy, "budget_tokens": np.zeros(budget, np.int32)}
         try:
-            outputs = self._vision.run(
-                ["visual_embeds", "importance", "index"], {name: value for name, value in feed.items() if name in self._vision_inputs}
-            )
+            outputs = self._vision.run(self._vision_outputs, {name: value for name, value in feed.items() if name in self._vision_inputs})
         except self._failures as error:
             raise EngineError(f"vision graph failed on an image of {budget} visual tokens: {_first_line(error)}; try a smaller image") from error
-        return outputs[0], outputs[1], outputs[2]
+        return EmbeddedImage(**dict(zip(self._vision_outputs, outputs, strict=True)))
 
     def language(
         self,
@@ -137,6 +132,7 @@ class OnnxRuntimeBackend:
         visual_embeds: NDArray[Any],
         visual_positions: NDArray[np.int64],
         importance: NDArray[np.float32],
+        key_bias: NDArray[np.float32],
         budget: int,
         past_lengths: NDArray[np.int64],
         slot: int = 0,
@@ -148,7 +144,7 @@ class OnnxRuntimeBackend:
             position_ids: int64 [3, B, S].
             visual_embeds: T [V, hidden_size].
             visual_positions: int64 [V].
-            importance: float32 [V].
+            importance, key_bias: float32 [V].
             budget: N over all images, 0 without any.
             past_lengths: int64 [B, segments].
             slot: of the first row.
@@ -165,6 +161,7 @@ class OnnxRuntimeBackend:
             "visual_embeds": visual_embeds.astype(self.dtype, copy=False),
             "visual_positions": visual_positions,
             "importance": importance,
+            "key_bias": key_bias,
             "budget_tokens": np.zeros(budget, np.int32),
             "past_lengths": past_lengths,
         }
@@ -197,11 +194,12 @@ class OnnxRuntimeBackend:
     def _allocate_caches(self, engine: Engine) -> dict[str, Any]:
         decoder = engine.shape.decoder
         caches = {}
-        for segment in engine.segments:
-            for layer in range(segment.first_layer, segment.end_layer):
-                for kind in CACHE_KINDS:
-                    zeros = np.zeros((self.slots, decoder.kv_heads, segment.capacity, decoder.head_dim), self.dtype)
-                    caches[CACHE_INPUT.format(layer=layer, kind=kind)] = self._runtime.OrtValue.ortvalue_from_numpy(zeros, self.provider, 0)
+        for number, segment in enumerate(engine.segments):
+            sizes = dict.fromkeys(_cache_names(segment.first_layer, segment.end_layer), (decoder.kv_heads, segment.capacity, decoder.head_dim))
+            if engine.schedule.proportional_attention:
+                sizes[BIAS_INPUT.format(segment=number)] = 1, segment.capacity, 1
+            for name, size in sizes.items():
+                caches[name] = self._runtime.OrtValue.ortvalue_from_numpy(np.zeros((self.slots, *size), self.dtype), self.provider, 0)
         return caches
 
     def _binding(self, start: int, stop: int) -> Any:
@@ -280,8 +278,8 @@ def session_options(runtime: Any, threads: int | None = None) -> Any:
     return options
 
 
-def _cache_names(pattern: str, layers: int) -> frozenset[str]:
-    return frozenset(pattern.format(layer=layer, kind=kind) for layer in range(layers) for kind in CACHE_KINDS)
+def _cache_names(first_layer: int, end_layer: int) -> list[str]:
+    return [CACHE_INPUT.format(layer=layer, kind=kind) for layer in range(first_layer, end_layer) for kind in CACHE_KINDS]
 
 
 def _check_inputs(graph: Graph, known: frozenset[str]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..errors import EngineError
 from ..graphs import RUNTIMES, BuiltEngine, Target, TensorInfo
 from ..manifest import Engine
+from .base import EmbeddedImage
 from .cuda import Buffer, Device
 
 __all__ = ["TensorRTBackend"]
@@ -68,15 +69,12 @@ class TensorRTBackend:
         for buffer in self._caches.values():
             buffer.clear()
 
-    def vision(
-        self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
-    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
+    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
         """One image: float32 [rows, columns, G, patch_dim], float32 [rows, columns, G] and N; results as the vision graph's."""
         rows, columns = pixel_values.shape[:2]
         sizes = {"rows": rows, "columns": columns, "budget": budget}
         feed = {"pixel_values": pixel_values, "entropy": entropy, "budget_tokens": np.zeros(budget, np.int32)}
-        outputs = self._vision.run(sizes, feed, ("visual_embeds", "importance", "index"))
-        return outputs["visual_embeds"], outputs["importance"], outputs["index"]
+        return EmbeddedImage(**self._vision.run(sizes, feed, [name for name in EmbeddedImage._fields if name in self._vision.tensors]))
 
     def language(
         self,
@@ -86,6 +84,7 @@ class TensorRTBackend:
         visual_embeds: NDArray[Any],
         visual_positions: NDArray[np.int64],
         importance: NDArray[np.float32],
+        key_bias: NDArray[np.float32],
         budget: int,
         past_lengths: NDArray[np.int64],
         slot: int = 0,
@@ -98,6 +97,7 @@ class TensorRTBackend:
             "visual_embeds": visual_embeds,
             "visual_positions": visual_positions,
             "importance": importance,
+            "key_bias": key_bias,
             "budget_tokens": np.zeros(budget, np.int32),
             "past_lengths": past_lengths,
         }
@@ -144,7 +144,7 @@ class _Loaded:
         sizes = [size if isinstance(size, int) else self._symbols[size] for size in tensor.shape]
         return math.prod(sizes) * int(np.dtype(DTYPES[tensor.dtype]).itemsize)
 
-    def run(self, sizes: Mapping[str, int], feed: Mapping[str, NDArray[Any]], wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    def run(self, sizes: Mapping[str, int], feed: Mapping[str, NDArray[Any]], wanted: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Run once, in the smallest profile that admits these sizes.
 
         Raises:

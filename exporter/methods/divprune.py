@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.qwen2_vl import TowerState, VisionGraph
+from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
 from .base import Method, single_stage
 
@@ -21,9 +21,9 @@ __all__ = ["DIVPRUNE", "DivPruneVision", "diverse_places"]
 class DivPruneVision(VisionGraph):
     """Survivors are far from each other."""
 
-    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
         kept = diverse_places(features, keep_count(state.budget, stage.keep))
-        return features[kept], state.importance[kept], kept
+        return Compacted(features[kept], state.importance[kept], kept)
 
 
 def diverse_places(features: Tensor, count: int) -> Tensor:

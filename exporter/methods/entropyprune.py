@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...plugins.compaction import keep_top
 from ..budget import spend_keep
-from ..models.qwen2_vl import LanguageGraph, TowerState, VisionGraph
+from ..models.qwen2_vl import Compacted, LanguageGraph, TowerState, VisionGraph
 from ..schedule import KEEP_UNIT, Schedule, Stage, keep_count
 from ..shape import ModelShape
 from .base import Method, single_stage
@@ -39,9 +39,9 @@ class EntropyPruneVision(VisionGraph):
         super().__init__(visual, shape, schedule)
         self.decoder_heads = shape.decoder.heads
 
-    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
         kept = keep_top(token_entropy(features, self.decoder_heads), keep_count(state.budget, stage.keep))
-        return features[kept], state.importance[kept], kept
+        return Compacted(features[kept], state.importance[kept], kept)
 
 
 class EntropyPruneLanguage(LanguageGraph):

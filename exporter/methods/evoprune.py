@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...plugins.compaction import count_members, keep_top, merge_tokens
 from ..budget import spend_keep
-from ..models.qwen2_vl import TowerState, VisionGraph
+from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
 from ..schedule import KEEP_UNIT, Schedule, ScheduleError, Stage, keep_count
 from ..shape import ModelShape
 from .base import Method
@@ -33,7 +33,7 @@ LEAST_DEVIATION = 1e-4  # of a criterion that counts: below it differences are r
 class EvoPruneVision(VisionGraph):
     """Each tower stage keeps the most valuable tokens and merges the others into them."""
 
-    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
         wide = features.reshape(state.importance.shape[0], -1)  # a token's patches as one row
         direction = F.normalize(wide.float(), dim=1)
         cosine = direction @ direction.T  # [alive, alive]
@@ -41,7 +41,7 @@ class EvoPruneVision(VisionGraph):
         slot = cosine[:, kept].argmax(1)
         slot[kept] = torch.arange(kept.shape[0], device=kept.device)
         merged, _ = merge_tokens(wide, state.importance, kept, slot, count_members(slot, kept.shape[0]))
-        return merged.reshape(-1, features.shape[1]), state.importance[kept], kept
+        return Compacted(merged.reshape(-1, features.shape[1]), state.importance[kept], kept)
 
 
 def token_value(attention: Tensor, cosine: Tensor) -> Tensor:

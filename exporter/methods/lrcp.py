@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...plugins.compaction import keep_top
-from ..models.qwen2_vl import TowerState, VisionGraph
+from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
 from .base import Method, single_stage
 
@@ -23,9 +23,9 @@ BACKGROUND = 0.9  # of the variance; the rest is what tokens differ by
 class LrcpVision(VisionGraph):
     """Survivors are those with the largest residual."""
 
-    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
         kept = keep_top(background_residual(features), keep_count(state.budget, stage.keep))
-        return features[kept], state.importance[kept], kept
+        return Compacted(features[kept], state.importance[kept], kept)
 
 
 def background_residual(features: Tensor) -> Tensor:

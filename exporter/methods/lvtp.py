@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...plugins.compaction import keep_top
 from ...plugins.importance import masked_column_mean, row_log_sum_exp
-from ..models.qwen2_vl import TowerState, VisionGraph
+from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
 from .base import Method, single_stage
 
@@ -46,7 +46,7 @@ class LvtpVision(VisionGraph):
         voted = masked_column_mean(query, key, row_lse - weight.log(), everyone, scale=scale)  # a weight is a shift of its row's log-sum-exp
         return voted.reshape(-1, self.shape.group).mean(1)
 
-    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
         if state.entropy is None:
             raise ValueError("lvtp needs the patches' edge strength in the state; start from begin")
         count = keep_count(state.budget, stage.keep)
@@ -54,7 +54,7 @@ class LvtpVision(VisionGraph):
         strongest = keep_top(edges, count // EDGE_SHARE)
         protected = strongest[edges[strongest] > 0]  # a blank picture has none
         kept = keep_top(state.importance.index_fill(0, protected, float("inf")), count)
-        return features[kept], state.importance[kept], kept
+        return Compacted(features[kept], state.importance[kept], kept)
 
 
 def entropy_weights(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:

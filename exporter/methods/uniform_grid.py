@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.qwen2_vl import TowerState, VisionGraph
+from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
 from .base import Method, single_stage
 
@@ -18,9 +18,9 @@ __all__ = ["UNIFORM_GRID", "UniformGridVision", "grid_places"]
 class UniformGridVision(VisionGraph):
     """Survivors nearest to an even grid: the picture is cut into as many boxes as tokens survive, in bands of equal height."""
 
-    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
         kept = grid_places(state.rows, state.columns, keep_count(state.budget, stage.keep)).to(features.device)
-        return features[kept], state.importance[kept], kept
+        return Compacted(features[kept], state.importance[kept], kept)
 
 
 def grid_places(rows: int, columns: int, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...plugins.compaction import count_members, keep_top, merge_tokens
 from ...plugins.importance import received_attention
-from ..models.qwen2_vl import TowerState, VisionGraph
+from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
 from .base import Method, single_stage
 
@@ -33,13 +33,13 @@ class VisionZipVision(VisionGraph):
         _, received = received_attention(query, key, scale=self.shape.head_dim**-0.5)
         return received.reshape(-1, self.shape.group).mean(1)
 
-    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
         if state.key is None:
             raise ValueError("visionzip compares the keys of the block that was scored last: its stage must follow one")
         kept, slot = zip_tokens(state.importance, self._token_keys(state.key), keep_count(state.budget, stage.keep))
         alike = torch.ones_like(state.importance)  # equal weights: a mean
         merged, _ = merge_tokens(features, alike, kept, slot, count_members(slot, kept.shape[0]))
-        return merged, state.importance[kept], kept
+        return Compacted(merged, state.importance[kept], kept)
 
     def _token_keys(self, key: Tensor) -> Tensor:
         """[heads, alive · G, head_dim] → float32 [alive, head_dim]."""

@@ -9,7 +9,7 @@ image, G = merge_size² patches a token, P = N · G patches, C the tower's width
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ from ...plugins.guidance import last_token_attention
 from ...plugins.importance import add_entropy, context_relevance
 from ..schedule import Schedule, Stage, cell_count, cell_of, keep_count
 from ..shape import DecoderShape, ModelShape, TowerShape
-from ..standard_ops import attention, cached_causal_attention, rms_norm, rotary_embedding, tensor_scatter
+from ..standard_ops import attention, cached_causal_attention, masked_attention, rms_norm, rotary_embedding, tensor_scatter
 
-__all__ = ["FAMILY", "LanguageGraph", "TowerState", "VisionGraph", "image_token_ids", "model_shape"]
+__all__ = ["FAMILY", "Compacted", "Embedded", "LanguageGraph", "TowerState", "VisionGraph", "image_token_ids", "model_shape"]
 
 FAMILY = "qwen2_vl"
 TOWER_ROPE_THETA = 10_000.0  # fixed in the architecture
@@ -69,6 +69,7 @@ class TowerState:
         importance: float32 [alive], of the last scoring; index: int64 [alive], original indices.
         budget: tokens from which stages count.
         query, key: T [heads, alive · G, head_dim] of the block that was scored last; None before and after a stage.
+        size: float32 [alive], tokens that each stands for; None: each for itself, or nobody asks.
     """
 
     hidden: Tensor
@@ -82,6 +83,27 @@ class TowerState:
     budget: int
     query: Tensor | None = None
     key: Tensor | None = None
+    size: Tensor | None = None
+
+
+class Compacted(NamedTuple):
+    """What a stage has left: features [kept · G, C] or [kept, H], importance float32 [kept], places int64 [kept] among those that were alive, and
+    size as in ``TowerState``."""
+
+    features: Tensor
+    importance: Tensor
+    kept: Tensor
+    size: Tensor | None = None
+
+
+class Embedded(NamedTuple):
+    """One picture for the language model: visual_embeds T [M, H], importance float32 [M] (zeros where nothing is ranked), index int64 [M], ascending;
+    key_bias float32 [M], what the decoder adds to its attention scores of each, None without proportional attention."""
+
+    visual_embeds: Tensor
+    importance: Tensor
+    index: Tensor  # type: ignore[assignment]  # as the graph calls it; tuple.index is of no use here
+    key_bias: Tensor | None = None
 
 
 class VisionGraph(nn.Module):
@@ -105,16 +127,13 @@ class VisionGraph(nn.Module):
         """Whether any stage of this graph counts tokens."""
         return bool(self.stages) or self.schedule.first_stage is not None
 
-    def forward(self, pixel_values: Tensor, entropy: Tensor | None, budget_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, entropy: Tensor | None, budget_tokens: Tensor | None) -> Embedded:
         """Embed one image.
 
         Args:
             pixel_values: T [rows, columns, G, patch_dim], patches in merge order.
             entropy: float32 [rows, columns, G], bits; None where ``uses_entropy`` is false.
             budget_tokens: [N], only its length counts; None where ``uses_budget`` is false.
-
-        Returns:
-            visual_embeds T [M, H], importance float32 [M] (zeros where nothing is ranked), index int64 [M], ascending.
         """
         rows, columns = pixel_values.shape[:2]
         budget = budget_tokens.shape[0] if budget_tokens is not None else rows * columns
@@ -142,8 +161,7 @@ class VisionGraph(nn.Module):
             block = self.visual.blocks[number]
             stage = self.stages.get(number)
             if stage is not None:
-                hidden, importance, kept = self.compact(stage, state.hidden, state)
-                state = _survivors(state, hidden, importance, kept, self.shape.group)
+                state = _survivors(state, self.compact(stage, state.hidden, state), self.shape.group)
             mixed, query, key = self._attention(block, state.hidden, state.cos, state.sin)
             hidden = state.hidden + mixed
             state = replace(state, hidden=hidden + block.mlp(block.norm2(hidden)))
@@ -163,12 +181,15 @@ class VisionGraph(nn.Module):
         visual_embeds: Tensor = merger.mlp(merger.ln_q(state.hidden).reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim))
         return visual_embeds
 
-    def finish(self, state: TowerState, visual_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """First decoder stage, from ``merge``'s embeddings: visual_embeds, importance, index as ``forward`` returns them."""
+    def finish(self, state: TowerState, visual_embeds: Tensor) -> Embedded:
+        """First decoder stage, from ``merge``'s embeddings."""
         if self.schedule.first_stage is None:
-            return visual_embeds, state.importance, state.index
-        visual_embeds, importance, kept = self.compact(self.schedule.first_stage, visual_embeds, state, final=True)
-        return visual_embeds, importance, state.index[kept]
+            return Embedded(visual_embeds, state.importance, state.index, self._key_bias(state.size))
+        left = self.compact(self.schedule.first_stage, visual_embeds, state, final=True)
+        return Embedded(left.features, left.importance, state.index[left.kept], self._key_bias(left.size))
+
+    def _key_bias(self, size: Tensor | None) -> Tensor | None:
+        return None if size is None else self.schedule.proportional_attention * size.log()
 
     def _attention(self, block: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A block's attention over all patches [P, C]: its output, and its queries and keys [heads, P, head_dim]."""
@@ -199,28 +220,32 @@ class VisionGraph(nn.Module):
             relevance = add_entropy(relevance, state.entropy, entropy_weight=settings.entropy_weight)
         return relevance.reshape(-1, self.shape.group).mean(1)
 
-    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """One stage over the tokens alive: their features, importance, and places among those that were alive.
+    def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
+        """One stage over the tokens alive.
 
         ``features`` is [alive · G, C] in the tower and [alive, H] after the merger (``final``). Exactly ⌈N·keep/1024⌉ tokens survive, in their
         order.
         """
-        count, importance = keep_count(state.budget, stage.keep), state.importance
+        count, importance, size = keep_count(state.budget, stage.keep), state.importance, state.size
         width = features.shape[1]
         wide = features if final else features.reshape(-1, self.shape.group * width)  # a token's patches travel as one row
         if stage.cell is None:
             kept = keep_top(importance, count)
-            wide, survivor_importance = wide[kept], importance[kept]
+            wide, survivor_importance, size = wide[kept], importance[kept], size[kept] if size is not None else None
         else:
             cell, cells = _grid_cells(state.rows, state.columns, stage.cell, features.device)
             kept, slot, members = keep_top_per_cell(importance, cell[state.index], cells, count)
             wide, summed = merge_tokens(wide, importance, kept, slot, members)
             survivor_importance = importance[kept]
+            if size is not None:
+                _, size = merge_tokens(size[:, None], size, kept, slot, members)  # the sum over each survivor's members
+            elif self.schedule.proportional_attention:
+                size = members.float()
             if final and self.schedule.recycled_importance == "sum":
                 survivor_importance = torch.where(members > 1, summed, survivor_importance)
             elif final and self.schedule.recycled_importance == "protected":
                 survivor_importance = torch.where(members > 1, PROTECTED, survivor_importance)
-        return (wide if final else wide.reshape(-1, width)), survivor_importance, kept
+        return Compacted(wide if final else wide.reshape(-1, width), survivor_importance, kept, size)
 
     def _rotary(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the two-dimensional rotary embedding, [P, head_dim/2] each, patches in merge order."""
@@ -256,12 +281,14 @@ def _grid_cells(rows: int, columns: int, cell: int, device: torch.device) -> tup
     return (row[:, None] * across + column).reshape(rows * columns), cells
 
 
-def _survivors(state: TowerState, hidden: Tensor, importance: Tensor, kept: Tensor, group: int) -> TowerState:
-    """The state of the tokens ``kept``, whose features have been gathered (and merged) already."""
+def _survivors(state: TowerState, left: Compacted, group: int) -> TowerState:
+    """The state of the tokens that a stage has left, whose features have been gathered (and merged) already."""
+    kept = left.kept
     return replace(
         state,
-        hidden=hidden,
-        importance=importance,
+        hidden=left.features,
+        importance=left.importance,
+        size=left.size,
         index=state.index[kept],
         cos=_take_groups(state.cos, kept, group),
         sin=_take_groups(state.sin, kept, group),
@@ -298,16 +325,20 @@ class LanguageGraph(nn.Module):
         visual_positions: Tensor,
         importance: Tensor | None,
         budget_tokens: Tensor | None,
+        key_bias: Tensor | None,
         past_lengths: Tensor,
         past_key_values: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        past_key_bias: list[Tensor],
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
         """Extend the caches by S tokens.
 
         Args:
             input_ids: int64 [B, S]; position_ids: int64 [3, B, S].
             visual_embeds: T [V, H]; visual_positions: int64 [V], their columns; V > 0 only with B = 1.
             importance: float32 [V], budget_tokens: [N] (length only); None without stages inside the decoder.
+            key_bias: float32 [V]; None without proportional attention.
             past_lengths: int64 [B, segments]; past_key_values: per layer key and value [B, KV, capacity, head_dim].
+            past_key_bias: per segment T [B, 1, capacity, 1], what is added to scores of the tokens in its caches; empty without.
 
         Returns:
             logits float32 [B, vocab] and hidden states after the final norm [B, H], both of the last token, and the caches.
@@ -317,9 +348,11 @@ class LanguageGraph(nn.Module):
         hidden = _put_rows(embeds, visual_positions, visual_embeds)
         cos, sin = self._rotary(position_ids, hidden)
         ranking = self._ranking_key(length, visual_positions, importance) if importance is not None else None
-        alive, segment = visual_embeds.shape[0], 0
+        bias = _put_rows(torch.zeros_like(hidden[..., :1]), visual_positions, key_bias[:, None]) if key_bias is not None else None  # [B, S, 1]
+        alive, segment, mask = visual_embeds.shape[0], 0, None
         query_key: tuple[Tensor, Tensor] | None = None
         present: list[tuple[Tensor, Tensor]] = []
+        present_bias: list[Tensor] = []
         for number, layer in enumerate(self.language_model.layers):
             stage = self.stages.get(number)
             if stage is not None and ranking is not None and budget_tokens is not None and query_key is not None:
@@ -327,18 +360,23 @@ class LanguageGraph(nn.Module):
                 score = self.rank(number, hidden, ranking, *query_key)
                 index = keep_top(score, hidden.shape[1] - (alive - survivors))
                 hidden, cos, sin, ranking = gather_tokens(hidden, cos, sin, ranking, index)
+                bias = bias[:, index] if bias is not None else None
                 alive, segment = survivors, segment + 1
-            hidden, query_key, cache = self._layer(layer, hidden, cos, sin, past_lengths[:, segment], past_key_values[number])
+            if bias is not None and (number == 0 or stage is not None):
+                present_bias.append(tensor_scatter(past_key_bias[segment], bias[:, None], past_lengths[:, segment]))
+                mask = _causal_mask(present_bias[-1], past_lengths[:, segment], bias.shape[1])
+            hidden, query_key, cache = self._layer(layer, hidden, cos, sin, past_lengths[:, segment], past_key_values[number], mask)
             present.append(cache)
         last = rms_norm(hidden[:, -1], self.language_model.norm.weight, epsilon=self.epsilon)  # [B, H]
         # The head's weight is the embedding table in tied models: multiplied from the left, both graphs' users share one tensor.
         head = self.language_model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = (head @ last.T).T.float()
-        return logits, last, present
+        return logits, last, present, present_bias
 
-    def _layer(self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, past_length: Tensor, past: tuple[Tensor, Tensor]) -> tuple[
-        Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
-        """One decoder layer: hidden states, its queries and keys of these tokens, and its cache."""
+    def _layer(
+        self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, past_length: Tensor, past: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """One decoder layer: hidden states, its queries and keys of these tokens, and its cache. ``mask`` None is plain causal attention."""
         attn, sizes = layer.self_attn, self.shape
         normed = rms_norm(hidden, layer.input_layernorm.weight, epsilon=self.epsilon)
         batch, length, _ = hidden.shape
@@ -347,7 +385,11 @@ class LanguageGraph(nn.Module):
         value = attn.v_proj(normed).reshape(batch, length, sizes.kv_heads, sizes.head_dim).transpose(1, 2)
         query, key = rotary_embedding(query, cos, sin), rotary_embedding(key, cos, sin)
         cache = tensor_scatter(past[0], key, past_length), tensor_scatter(past[1], value, past_length)
-        mixed = cached_causal_attention(query, *cache, past_length + length, scale=sizes.head_dim**-0.5)
+        scale = sizes.head_dim**-0.5
+        if mask is None:
+            mixed = cached_causal_attention(query, *cache, past_length + length, scale=scale)
+        else:
+            mixed = masked_attention(query, *cache, mask, scale=scale)
         hidden = hidden + attn.o_proj(mixed.transpose(1, 2).reshape(batch, length, sizes.heads * sizes.head_dim))
         hidden = hidden + layer.mlp(rms_norm(hidden, layer.post_attention_layernorm.weight, epsilon=self.epsilon))
         return hidden, (query, key), cache
@@ -378,6 +420,16 @@ class LanguageGraph(nn.Module):
         steps = number.float() / half
         angles = position_ids[axis].permute(1, 2, 0).float() * self.theta**-steps  # [B, S, head_dim/2]
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def _causal_mask(bias: Tensor, past_length: Tensor, length: int) -> Tensor:
+    """What is added to attention scores of the last ``length`` tokens: T [B, 1, length, capacity], −∞ at what comes after a token.
+
+    bias: T [B, 1, capacity, 1]; past_length: int64 [B], tokens before these. Engines take a mask or their own causality, not both.
+    """
+    entry = torch.arange(bias.shape[2], device=bias.device)
+    last_seen = past_length[:, None] + torch.arange(length, device=bias.device)  # [B, length]
+    return torch.where(entry <= last_seen[:, None, :, None], bias.transpose(2, 3), float("-inf"))
 
 
 def _put_rows(rows: Tensor, positions: Tensor, values: Tensor) -> Tensor:

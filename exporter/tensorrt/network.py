@@ -153,8 +153,8 @@ def _check_attributes(parsed: Parsed) -> None:
     for node in (*parsed.model.graph.node, *bodies):
         for name in sorted({attribute.name for attribute in node.attribute} - KNOWN_ATTRIBUTES.get(node.op_type, {a.name for a in node.attribute})):
             raise NetworkError(f"{node.op_type} {node.name}: attribute {name} may be dropped by the parser, so no engine is built with it")
-        if node.op_type == "Attention" and (_input(node, MASK) or len(node.output) > 1):
-            raise NetworkError(f"Attention {node.name}: masks and further outputs may be dropped by the parser, so no engine is built with them")
+        if node.op_type == "Attention" and len(node.output) > 1:
+            raise NetworkError(f"Attention {node.name}: further outputs may be dropped by the parser, so no engine is built with them")
 
 
 def _check_interface(parsed: Parsed, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> None:
@@ -169,7 +169,7 @@ def _check_interface(parsed: Parsed, inputs: Sequence[TensorInfo], outputs: Sequ
 
 
 def _check_attention(parsed: Parsed, producers: Mapping[str, Any]) -> None:
-    """Every attention has the causality and the lengths of its node; those that read a KV cache must have both."""
+    """Every attention has the causality and the lengths of its node, or its mask; those that read a KV cache must have the one or the other."""
     kinds = parsed.library.trt.CausalMaskKind
     nodes, seen = parsed.nodes("Attention"), []
     caches = {name for node in parsed.nodes("TensorScatter").values() for name in node.output}
@@ -179,8 +179,12 @@ def _check_attention(parsed: Parsed, producers: Mapping[str, Any]) -> None:
         seen.append(name)
         lengths = _input(node, LENGTHS) if node is not None else ""
         causal = node is not None and any(attribute.name == "is_causal" and attribute.i for attribute in node.attribute)
-        if node is not None and node.input[1] in caches and not (lengths and causal):
-            raise NetworkError(f"Attention {name} reads a KV cache but the graph gives it no lengths or no causality")
+        mask = _input(node, MASK) if node is not None else ""
+        if node is not None and node.input[1] in caches and not (mask or (lengths and causal)):
+            raise NetworkError(f"Attention {name} reads a KV cache but the graph gives it neither a mask nor both lengths and causality")
+        found_mask = attention.mask.name if attention.mask is not None else ""
+        if found_mask != mask:
+            raise NetworkError(f"attention layer of {name}: its mask is {found_mask or 'none'}, the graph's is {mask or 'none'}")
         wanted = kinds.LOWER_RIGHT if causal and lengths else kinds.UPPER_LEFT if causal else kinds.NONE
         if attention.causal_kind != wanted:
             raise NetworkError(f"attention layer of {name}: causality is {attention.causal_kind.name}, the graph asks for {wanted.name}")

@@ -34,7 +34,8 @@ if sys.argv[2] == "copying":  # what the backend must not do: other buffers for 
 before = backend.cache_pointers()
 for past in range(3):
     backend.language(input_ids=np.array([[7]]), position_ids=text_positions(past, 1)[:, None], visual_embeds=np.zeros((0, 16), np.float32),
-                     visual_positions=np.zeros(0, np.int64), importance=np.zeros(0, np.float32), budget=0, past_lengths=np.full((1, 2), past))
+                     visual_positions=np.zeros(0, np.int64), importance=np.zeros(0, np.float32), key_bias=np.zeros(0, np.float32), budget=0,
+                     past_lengths=np.full((1, 2), past))
 assert before == backend.cache_pointers()
 print(np.abs(backend.cache_array(0, "key")).sum(axis=(0, 1, 3)).nonzero()[0].tolist())
 """
@@ -48,6 +49,7 @@ def language(backend: OnnxRuntimeBackend, tokens: list[int], past: int) -> tuple
         visual_embeds=np.zeros((0, 16), backend.dtype),
         visual_positions=np.zeros(0, np.int64),
         importance=np.zeros(0, np.float32),
+        key_bias=np.zeros(0, np.float32),
         budget=0,
         past_lengths=np.full((1, 2), past, np.int64),
     )
@@ -99,8 +101,9 @@ def test_clearing_fills_the_caches_with_zeros_where_they_are(backend: OnnxRuntim
 
 def test_half_precision_graphs_get_half_precision(make_standin: MakeStandin) -> None:
     backend = OnnxRuntimeBackend(open_engine(make_standin(precision="fp16")), provider="cpu")
-    embeds, importance, index = backend.vision(np.ones((2, 3, 4, 96), np.float32), np.zeros((2, 3, 4), np.float32), 6)
+    embeds, importance, index, bias = backend.vision(np.ones((2, 3, 4, 96), np.float32), np.zeros((2, 3, 4), np.float32), 6)
     logits, last_hidden = language(backend, [1, 2], 0)
+    assert bias is None
     assert [a.dtype for a in (embeds, importance, index, logits, last_hidden)] == ["float16", "float32", "int64", "float32", "float16"]
 
 

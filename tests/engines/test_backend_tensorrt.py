@@ -25,7 +25,12 @@ from vflow.exporter.schedule import Schedule, Stage
 from vflow.exporter.tensorrt.graph import engine_interface
 from vflow.exporter.tensorrt.profiles import language_profiles, vision_profiles
 
-SCHEDULE = Schedule((Stage("tower", 2, 700), Stage("decoder", 0, 500, 2.0), Stage("decoder", 2, 250)), guidance_weight=0.5)
+STAGES = (Stage("tower", 2, 700), Stage("decoder", 0, 500, 2.0), Stage("decoder", 2, 250))
+SCHEDULES = {
+    "fp32": Schedule(STAGES, guidance_weight=0.5),
+    "fp16": Schedule(STAGES, guidance_weight=0.5),
+    "proportional": Schedule(STAGES, proportional_attention=2.0),
+}
 PROMPT = "how many objects are there ?"
 
 
@@ -34,10 +39,10 @@ def as_built(engine: Engine, graph: Graph, profiles: tuple[Profile, ...]) -> Bui
     return BuiltEngine(graph.file, "log", "layers", inputs, outputs, profiles, 1, 1.0, None)
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
+@pytest.fixture(scope="module", params=list(SCHEDULES))
 def engine(request: pytest.FixtureRequest, build: Callable[..., Engine], random_checkpoint: Path) -> Engine:
     """Its graphs stand for the engines built from them."""
-    engine = build(random_checkpoint, SCHEDULE, request.param)
+    engine = build(random_checkpoint, SCHEDULES[request.param], request.param if request.param.startswith("fp") else "fp32")
     vision = as_built(engine, engine.vision, vision_profiles(engine.limits))
     language = as_built(engine, engine.language, language_profiles(engine.segments, engine.limits))
     return dataclasses.replace(engine, targets={"tensorrt-rtx": Target("tensorrt-rtx", {"tensorrt_rtx": "1.6"}, ("8.9", "12.0"), vision, language)})

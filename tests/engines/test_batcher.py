@@ -115,6 +115,21 @@ def test_every_answer_is_the_one_given_alone(make_standin: MakeStandin, schedule
         assert stats.visual_tokens == sum(result.visual_tokens for result in results)
 
 
+def test_what_a_slot_adds_to_attention_scores_is_its_own(build: Callable[..., Engine], random_checkpoint: Path) -> None:
+    """An engine with proportional attention keeps that beside the caches, for each slot and segment."""
+    stages = (Stage("decoder", 0, 400, 2.0), Stage("decoder", 2, 200))
+    engine = build(random_checkpoint, Schedule(stages, proportional_attention=2.0))
+    alone = Session(engine, provider="cpu", threads=1)
+    requests = [("how many objects are there ?", [blocks(4, 6, seed)] if seed % 3 else [], {"max_new_tokens": 3 + seed}) for seed in range(9)]
+    with Batcher(engine, slots=4, queue_limit=len(requests), provider="cpu", threads=1) as batcher:
+        assert batcher.backend.cache_bytes == 4 * slot_bytes(engine)
+        tickets = [batcher.submit(prompt, images, **options) for prompt, images, options in requests]
+        answers = [ticket.result(PATIENCE) for ticket in tickets]
+    for answer, (prompt, images, options) in zip(answers, requests, strict=True):
+        expected = alone.generate(prompt, images, **options)
+        assert (answer.token_ids, answer.kv_bytes) == (expected.token_ids, expected.kv_bytes)
+
+
 def test_exported_graphs_answer_in_a_batch_as_alone(build: Callable[..., Engine], random_checkpoint: Path) -> None:
     schedule = Schedule((Stage("decoder", 1, 600), Stage("decoder", 2, 300)), guidance_weight=0.4)  # tests of the export build it as well
     engine = build(random_checkpoint, schedule)
@@ -168,6 +183,7 @@ def test_garbage_of_a_free_slot_is_overwritten_by_its_next_prompt(standin: Engin
         "visual_embeds": np.zeros((0, 16), np.float32),
         "visual_positions": np.zeros(0, np.int64),
         "importance": np.zeros(0, np.float32),
+        "key_bias": np.zeros(0, np.float32),
         "budget": 0,
     }
     backend.language(input_ids=np.array([[5], [6]]), position_ids=np.zeros((3, 2, 1), np.int64), past_lengths=np.zeros((2, 2), np.int64), **text)
@@ -184,6 +200,7 @@ def test_the_rows_of_a_batch_are_the_slots_of_the_caches(standin: Engine) -> Non
         "visual_embeds": np.zeros((0, 16), np.float32),
         "visual_positions": np.zeros(0, np.int64),
         "importance": np.zeros(0, np.float32),
+        "key_bias": np.zeros(0, np.float32),
         "budget": 0,
     }
     backend.language(input_ids=np.array([[7]]), position_ids=np.zeros((3, 1, 1), np.int64), past_lengths=np.array([[4, 4]]), slot=2, **feed)
@@ -348,8 +365,8 @@ def test_logits_that_overflow_end_one_request_and_poison_no_slot(batcher: Batche
     vision = batcher.backend.vision
 
     def broken(pixels: np.ndarray, *rest: Any) -> Any:
-        embeds, *others = vision(pixels, *rest)
-        return (np.full_like(embeds, np.nan) if pixels.shape[:2] == (5, 7) else embeds, *others)
+        image = vision(pixels, *rest)
+        return image._replace(visual_embeds=np.full_like(image.visual_embeds, np.nan)) if pixels.shape[:2] == (5, 7) else image
 
     monkeypatch.setattr(batcher.backend, "vision", broken)
     tickets = [batcher.submit("hello", [image], max_new_tokens=20) for image in (WIDE, WIDE, SMALL, WIDE, SMALL, SMALL, SMALL)]

@@ -255,7 +255,7 @@ def test_an_abandoned_stream_does_not_disturb_the_next_request(session: Session)
 def test_logits_that_overflow_do_not_poison_the_next_request(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = session.generate("hello", max_new_tokens=4).token_ids
     vision = session.backend.vision
-    monkeypatch.setattr(session.backend, "vision", lambda *inputs: (np.full_like(vision(*inputs)[0], np.nan), *vision(*inputs)[1:]))
+    monkeypatch.setattr(session.backend, "vision", lambda *inputs: vision(*inputs)._replace(visual_embeds=np.full_like(vision(*inputs)[0], np.nan)))
     with pytest.raises(EngineError, match="not finite"):
         session.generate("hello", [SMALL])
     monkeypatch.undo()

@@ -45,10 +45,12 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def attention_map(query: Tensor, key: Tensor, *, causal: bool = False) -> Tensor:
-    """[H, S, S] from query [S, H, D] and key [S, KV, D]."""
+def attention_map(query: Tensor, key: Tensor, *, causal: bool = False, bias: list[float] | None = None) -> Tensor:
+    """[H, S, S] from query [S, H, D] and key [S, KV, D]; ``bias`` [S] is added to the scores of each key."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(query.shape[-1])
+    if bias is not None:
+        scores = scores + torch.tensor(bias, dtype=torch.float64)
     if causal:
         size = scores.shape[-1]
         for i in range(size):
@@ -72,13 +74,23 @@ def relevance(attention: Tensor, threshold: float, score_rows: int) -> Tensor:
     return mean_map[rows or [int(received.argmax())]].mean(0)
 
 
-def prune(features: Tensor, score: list[float], index: list[int], count: int, recycle: float | None, rows: int, columns: int, carried: str) -> tuple[
-    Tensor, list[float], list[int]]:  # fmt: skip
-    """Section 2: features [tokens, F]; returns survivors' features, what they carry on, and their places."""
+def prune(
+    features: Tensor,
+    score: list[float],
+    stands: list[int],
+    index: list[int],
+    count: int,
+    recycle: float | None,
+    rows: int,
+    columns: int,
+    carried: str,
+) -> tuple[Tensor, list[float], list[int], list[int]]:
+    """Section 2: features [tokens, F], each of which ``stands`` for so many; returns survivors' features, what they carry on, for how many they
+    stand, and their places."""
     order = sorted(range(len(score)), key=lambda i: (-score[i], i))
     if recycle is None:
         places = sorted(order[:count])
-        return features[places], [score[i] for i in places], places
+        return features[places], [score[i] for i in places], [stands[i] for i in places], places
     side = Fraction(round(recycle * 1024), 1024)
     cell = [(math.floor(Fraction(i // columns) / side), math.floor(Fraction(i % columns) / side)) for i in index]
     cells = (math.floor(Fraction(rows - 1) / side) + 1) * (math.floor(Fraction(columns - 1) / side) + 1)
@@ -90,18 +102,19 @@ def prune(features: Tensor, score: list[float], index: list[int], count: int, re
     ranked = kept + [i for i in order if i in representative.values()]
     ranked += [i for i in order if i not in ranked]
     places = sorted(ranked[:count])
-    merged, importance = [], []
+    merged, importance, together = [], [], []
     for i in places:
         group = [i] + [j for j in range(len(score)) if j not in places and representative[cell[j]] == i]
         weights = [max(score[j], 0.0) + 1e-8 for j in group]
         merged.append(sum(w * features[j] for w, j in zip(weights, group, strict=True)) / sum(weights))
         own = score[i] if len(group) == 1 else {"own": score[i], "sum": sum(score[j] for j in group), "protected": 1e30}[carried]
         importance.append(own)
-    return torch.stack(merged), importance, places
+        together.append(sum(stands[j] for j in group))
+    return torch.stack(merged), importance, together, places
 
 
-def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: int) -> tuple[Tensor, list[float], list[int]]:
-    """One image [rows, columns, G, patch_dim] through tower, merger and first stage: embeds [M, H], importance, index."""
+def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: int) -> tuple[Tensor, list[float], list[int], list[int]]:
+    """One image [rows, columns, G, patch_dim] through tower, merger and first stage: embeds [M, H], importance, index, how many each stands for."""
     w, config = weights_of(model), model.config.vision_config
     rows, columns, group, _ = pixels.shape
     side, heads = config.spatial_merge_size, config.num_heads
@@ -111,7 +124,7 @@ def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: i
     places = [(r * side + g // side, c * side + g % side) for r in range(rows) for c in range(columns) for g in range(group)]
     frequencies = [10_000.0 ** (-k / (head_dim // 4)) for k in range(head_dim // 4)]
     angles = torch.tensor([[r * f for f in frequencies] + [c * f for f in frequencies] for r, c in places], dtype=torch.float64)
-    index, score = list(range(rows * columns)), [0.0] * (rows * columns)
+    index, score, stands = list(range(rows * columns)), [0.0] * (rows * columns), [1] * (rows * columns)
     last = schedule.importance.vision_layer % config.depth
     ranks_for_decoder = any(stage.part == "decoder" for stage in schedule.stages)
 
@@ -124,7 +137,7 @@ def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: i
                 if number == 0:
                     score = [float(patches[i].std(correction=0) + bits[i].mean() / 8) for i in index]
                 wide = x.reshape(len(index), -1)
-                wide, score, kept = prune(wide, score, index, count_of(budget, stage.keep), stage.recycle, rows, columns, "own")
+                wide, score, stands, kept = prune(wide, score, stands, index, count_of(budget, stage.keep), stage.recycle, rows, columns, "own")
                 x, angles = wide.reshape(-1, config.embed_dim), take(angles, kept)
                 index = [index[i] for i in kept]
         name = f"visual.blocks.{number}"
@@ -141,20 +154,23 @@ def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: i
     embeds = linear(torch.nn.functional.gelu(linear(merged, w, "visual.merger.mlp.0")), w, "visual.merger.mlp.2")
     first = next((s for s in schedule.stages if s.part == "decoder" and s.layer == 0), None)
     if first is not None:
-        embeds, score, kept = prune(embeds, score, index, count_of(budget, first.keep), first.recycle, rows, columns, schedule.recycled_importance)
+        count, carried = count_of(budget, first.keep), schedule.recycled_importance
+        embeds, score, stands, kept = prune(embeds, score, stands, index, count, first.recycle, rows, columns, carried)
         index = [index[i] for i in kept]
-    return embeds, score, index
+    return embeds, score, index, stands
 
 
 def language(
-    model: Any, schedule: Any, input_ids: list[int], position_ids: Tensor, embeds: Tensor, columns: list[int], importance: list[float], budget: int
-) -> tuple[Tensor, Tensor, list[list[int]]]:
+    model: Any, schedule: Any, input_ids: list[int], position_ids: Tensor, embeds: Tensor, columns: list[int], importance: list[float],
+    stands: list[int], budget: int,
+) -> tuple[Tensor, Tensor, list[list[int]]]:  # fmt: skip
     """One prefill without caches: logits and last hidden state of the last token, and the columns alive in each layer."""
     w, config = weights_of(model), model.config.text_config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim, epsilon, rope = config.hidden_size // heads, config.rms_norm_eps, config.rope_parameters
     x = w["language_model.embed_tokens.weight"][input_ids]
     score = dict(zip(columns, importance, strict=True))
+    size = dict(zip(columns, stands, strict=True))
     for place, column in enumerate(columns):
         x[column] = embeds[place].double()
     axis = [a for a, size in enumerate(rope["mrope_section"]) for _ in range(size)]
@@ -182,8 +198,9 @@ def language(
         query = rotate(linear(normed, w, f"{name}.self_attn.q_proj").reshape(-1, heads, head_dim), angles)
         key = rotate(linear(normed, w, f"{name}.self_attn.k_proj").reshape(-1, kv_heads, head_dim), angles)
         value = linear(normed, w, f"{name}.self_attn.v_proj").reshape(-1, kv_heads, head_dim)
-        attention = attention_map(query, key, causal=True)
-        x = x + linear(mix(attention, value), w, f"{name}.self_attn.o_proj")
+        attention = attention_map(query, key, causal=True)  # what guidance goes by
+        bias = [schedule.proportional_attention * math.log(size.get(c, 1)) for c in alive]
+        x = x + linear(mix(attention_map(query, key, causal=True, bias=bias), value), w, f"{name}.self_attn.o_proj")
         normed = rms_norm(x, w[f"{name}.post_attention_layernorm.weight"], epsilon)
         gate = torch.nn.functional.silu(linear(normed, w, f"{name}.mlp.gate_proj"))
         x = x + linear(gate * linear(normed, w, f"{name}.mlp.up_proj"), w, f"{name}.mlp.down_proj")

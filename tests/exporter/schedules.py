@@ -19,5 +19,10 @@ SCHEDULES: dict[str, Schedule] = {
     "guided, no first stage": Schedule((Stage("decoder", 1, 600), Stage("decoder", 2, 300)), guidance_weight=0.4),
     "sampled rows": Schedule((Stage("tower", 2, 700), Stage("decoder", 0, 450)), Importance(score_rows=300)),
     "sampled rows, global": Schedule((Stage("tower", 1, 700), Stage("decoder", 0, 450)), Importance(global_threshold=1.2, score_rows=400)),
+    "proportional": Schedule(
+        (Stage("tower", 0, 850, 1.6), Stage("tower", 2, 700), Stage("decoder", 0, 400, 2.0), Stage("decoder", 2, 200)),
+        guidance_weight=0.3,
+        proportional_attention=1.7,
+    ),
     "guidance alone": Schedule((Stage("decoder", 0, 700), Stage("decoder", 3, 300)), guidance_weight=1.0),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ def vision_inputs(engine_processor: Any, rows: int, columns: int) -> tuple[NDArr
         ("random_checkpoint", "tower and decoder", "fp32"),
         ("random_checkpoint", "guided, no first stage", "fp32"),
         ("untied_checkpoint", "guidance alone", "fp32"),
+        ("random_checkpoint", "proportional", "fp32"),
+        ("random_checkpoint", "proportional", "fp32", "standard"),
         ("random_checkpoint", "tower and decoder", "fp16"),
         ("random_checkpoint", "tower and decoder", "fp32", "standard"),
     ],
@@ -76,8 +78,8 @@ def close(session: Session, actual: NDArray[Any], expected: NDArray[Any]) -> Non
 def test_the_vision_graph_keeps_the_same_tokens(pair: tuple[Session, Session], rows: int, columns: int) -> None:
     session, reference = pair
     inputs = vision_inputs(session.engine.image_processor, rows, columns)
-    embeds, importance, index = session.backend.vision(*inputs)
-    expected_embeds, expected_importance, expected_index = reference.backend.vision(*inputs)
+    embeds, importance, index, bias = session.backend.vision(*inputs)
+    expected_embeds, expected_importance, expected_index, expected_bias = reference.backend.vision(*inputs)
     if session.engine.precision == "fp16" and index.tolist() != expected_index.tolist():
         shared = np.intersect1d(index, expected_index)  # importances that differ by less than a rounding may change places
         assert len(shared) >= 0.9 * len(index)
@@ -86,6 +88,9 @@ def test_the_vision_graph_keeps_the_same_tokens(pair: tuple[Session, Session], r
     close(session, embeds, expected_embeds)
     tolerance = 1e-4 if session.engine.precision == "fp32" else 5e-2
     np.testing.assert_allclose(importance, expected_importance, rtol=tolerance, atol=1e-7)
+    assert (bias is None) == (expected_bias is None) == (session.engine.schedule.proportional_attention == 0)
+    if bias is not None and expected_bias is not None:
+        np.testing.assert_allclose(bias, expected_bias, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("rows", "columns"), GRIDS)
@@ -158,17 +163,13 @@ def test_other_vision_graphs_keep_the_same_tokens(random_checkpoint: Path, model
         np.testing.assert_allclose(actual[1], expected[1], rtol=1e-4, atol=1e-7)
 
 
-@pytest.fixture(scope="module")
-def decoder_engine(build: Callable[..., Engine], random_checkpoint: Path) -> Iterator[Engine]:
-    return build(random_checkpoint, SCHEDULES["decoder"])
-
-
 @pytest.mark.parametrize("file", ["language.onnx", "language.cpu.onnx"])
-def test_rows_of_a_batch_decode_as_if_alone(decoder_engine: Engine, file: str) -> None:
-    session = onnx_session(decoder_engine.path / file)
+@pytest.mark.parametrize("name", ["decoder", "proportional"])
+def test_rows_of_a_batch_decode_as_if_alone(build: Callable[..., Engine], random_checkpoint: Path, name: str, file: str) -> None:
+    engine = build(random_checkpoint, SCHEDULES[name])
+    session = onnx_session(engine.path / file)
     names = [value.name for value in session.get_outputs()]
     rng = np.random.default_rng(5)
-    segments = decoder_engine.segments
     feed: dict[str, NDArray[Any]] = {
         "input_ids": np.array([[9], [12], [30]]),
         "position_ids": np.tile(np.array([[7], [3], [5]]), (3, 1, 1)),
@@ -178,12 +179,14 @@ def test_rows_of_a_batch_decode_as_if_alone(decoder_engine: Engine, file: str) -
         "budget_tokens": np.zeros(0, np.int32),
         "past_lengths": np.array([[6, 4], [2, 1], [5, 5]]),
     }
-    for segment in segments:
-        for layer in range(segment.first_layer, segment.end_layer):
-            for kind in ("key", "value"):
-                feed[f"past_key_values.{layer}.{kind}"] = rng.normal(size=(3, 2, 9, 8)).astype(np.float32)
+    for tensor in engine.language.inputs:
+        if tensor.name == "key_bias":
+            feed["key_bias"] = np.zeros(0, np.float32)
+        elif tensor.name.startswith("past_key_values."):
+            sizes = {"batch": 3, "capacity_0": 9, "capacity_1": 9}
+            feed[tensor.name] = rng.normal(size=[sizes.get(str(size), size) for size in tensor.shape]).astype(np.float32)
     together = dict(zip(names, session.run(None, feed), strict=True))
-    batch_axis = {"position_ids": 1, "visual_embeds": None, "visual_positions": None, "importance": None, "budget_tokens": None}
+    batch_axis = {"position_ids": 1, "visual_embeds": None, "visual_positions": None, "importance": None, "budget_tokens": None, "key_bias": None}
     for row in range(3):
         alone = {k: v if batch_axis.get(k, 0) is None else v.take([row], batch_axis.get(k, 0)) for k, v in feed.items()}
         for name, value in zip(names, session.run(None, alone), strict=True):

@@ -19,8 +19,9 @@ from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.model import load_model
 from vflow.plugins.node import DOMAIN, OPSET
 
-PRUNED, GUIDED = "tower and decoder", "guided, no first stage"
-CASES = [(name, graph) for name in ("unpruned", PRUNED, GUIDED) for graph in ("vision", "language")]
+PRUNED, GUIDED, PROPORTIONAL = "tower and decoder", "guided, no first stage", "proportional"
+BUILT = ("unpruned", PRUNED, GUIDED, PROPORTIONAL)
+CASES = [(name, graph) for name in BUILT for graph in ("vision", "language")]
 FUSED = {
     "vision": {"Attention": 3, "RotaryEmbedding": 6},
     "language": {"Attention": 4, "RotaryEmbedding": 8, "RMSNormalization": 9, "TensorScatter": 8},
@@ -29,7 +30,7 @@ FUSED = {
 
 @pytest.fixture(scope="module")
 def engines(build: Callable[..., Engine], random_checkpoint: Path) -> dict[str, Engine]:
-    return {name: build(random_checkpoint, SCHEDULES[name]) for name in ("unpruned", PRUNED, GUIDED)}
+    return {name: build(random_checkpoint, SCHEDULES[name]) for name in BUILT}
 
 
 def load(engine: Engine, graph: str) -> onnx.ModelProto:
@@ -54,7 +55,8 @@ def test_graphs_pass_the_checker_at_opset_24(engines: dict[str, Engine], name: s
 @pytest.mark.parametrize(("name", "graph"), CASES)
 def test_standard_operators_that_engines_fuse_are_there_as_one_node_each(engines: dict[str, Engine], name: str, graph: str) -> None:
     counts = Counter(node.op_type for node in load(engines[name], graph).graph.node if node.domain == "")
-    assert {op: counts[op] for op in FUSED[graph]} == FUSED[graph]
+    biases = 2 if (name, graph) == (PROPORTIONAL, "language") else 0  # kept for each segment beside its caches
+    assert {op: counts[op] for op in FUSED[graph]} == {op: count + biases * (op == "TensorScatter") for op, count in FUSED[graph].items()}
     assert counts["Softmax"] == (3 if (name, graph) == (PRUNED, "vision") else 0)  # of the entropy; another would be a decomposed attention
 
 
@@ -65,6 +67,8 @@ def test_standard_operators_that_engines_fuse_are_there_as_one_node_each(engines
         ("unpruned", "language", {}),
         (PRUNED, "vision", {"RowLogSumExp": 3, "MaskedColumnMean": 6, "KeepTop": 4, "KeepTopPerCell": 2, "MergeTokens": 2}),
         (PRUNED, "language", {"KeepTop": 2, "GatherTokens": 2}),
+        (PROPORTIONAL, "vision", {"RowLogSumExp": 2, "MaskedColumnMean": 2, "KeepTop": 1, "KeepTopPerCell": 2, "MergeTokens": 3}),
+        (PROPORTIONAL, "language", {"KeepTop": 1, "GatherTokens": 1, "LastTokenAttention": 1}),
         (GUIDED, "vision", {"RowLogSumExp": 1, "MaskedColumnMean": 1}),
         (GUIDED, "language", {"KeepTop": 2, "GatherTokens": 2, "LastTokenAttention": 2}),
     ],
@@ -82,6 +86,7 @@ def names(values: Any) -> list[str]:
 
 
 CACHES = [f"past_key_values.{layer}.{kind}" for layer in range(4) for kind in ("key", "value")]
+BIASES = [f"past_key_values.bias.{segment}" for segment in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -90,15 +95,17 @@ CACHES = [f"past_key_values.{layer}.{kind}" for layer in range(4) for kind in ("
         ("unpruned", ["pixel_values"], []),
         (PRUNED, ["pixel_values", "entropy", "budget_tokens"], ["importance", "budget_tokens"]),
         (GUIDED, ["pixel_values"], ["importance", "budget_tokens"]),
+        (PROPORTIONAL, ["pixel_values", "entropy", "budget_tokens"], ["importance", "budget_tokens", "key_bias"]),
     ],
 )
 def test_inputs_and_outputs_are_those_documented_and_no_mask(engines: dict[str, Engine], name: str, vision: list[str], later: list[str]) -> None:
     model = load(engines[name], "vision")
     assert names(model.graph.input) == vision
-    assert names(model.graph.output) == ["visual_embeds", "importance", "index"]
+    assert names(model.graph.output) == ["visual_embeds", "importance", "index", *(["key_bias"] if name == PROPORTIONAL else [])]
     model = load(engines[name], "language")
-    assert names(model.graph.input) == ["input_ids", "position_ids", "visual_embeds", "visual_positions", *later, "past_lengths", *CACHES]
-    assert names(model.graph.output) == ["logits", "last_hidden", *(cache.replace("past_key_values", "present") for cache in CACHES)]
+    caches = [*CACHES, *(BIASES if name == PROPORTIONAL else [])]
+    assert names(model.graph.input) == ["input_ids", "position_ids", "visual_embeds", "visual_positions", *later, "past_lengths", *caches]
+    assert names(model.graph.output) == ["logits", "last_hidden", *(cache.replace("past_key_values", "present") for cache in caches)]
 
 
 @pytest.mark.parametrize(("name", "graph"), CASES)

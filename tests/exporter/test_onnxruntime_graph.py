@@ -29,10 +29,14 @@ small (float[B, 4, S, D] query, float[B, 2, S, D] key, float[B, 2, S, D] value, 
 }
 """
 
+# The same with a mask that says what is seen and how much is added, as proportional attention has it.
+MASKED = CACHED.replace("int64[B] lengths", "float[B, 1, S, C] mask").replace("is_causal: int = 1, ", "").replace(", , , lengths)", ", mask)")
+MASKED = MASKED.replace("present_value, ,", "present_value,")
 
-def small_graph(folder: Path, head_dim: int) -> Path:
+
+def small_graph(folder: Path, head_dim: int, text: str = CACHED) -> Path:
     """One attention to a cache, with the head dimension as a number."""
-    onnx.save(onnx.parser.parse_model(CACHED.replace("D]", f"{head_dim}]")), folder / "small.onnx")
+    onnx.save(onnx.parser.parse_model(text.replace("D]", f"{head_dim}]")), folder / "small.onnx")
     return folder / "small.onnx"
 
 
@@ -49,15 +53,21 @@ def operators(nodes: Any) -> Counter[str]:
 
 # One request of any length, at the start and behind others; then single tokens of several requests of different lengths, one of them empty.
 @pytest.mark.parametrize(("tokens", "past"), [(7, [0]), (1, [0]), (20, [0]), (1, [19]), (5, [9]), (1, [3, 19, 0]), (1, [0, 0])])
-def test_lowered_attention_and_caches_are_the_standard_ones(tmp_path: Path, tokens: int, past: list[int]) -> None:
-    file, rng, rows = small_graph(tmp_path, 8), np.random.default_rng(tokens), len(past)
+@pytest.mark.parametrize("text", [CACHED, MASKED], ids=["causal", "masked"])
+def test_lowered_attention_and_caches_are_the_standard_ones(tmp_path: Path, text: str, tokens: int, past: list[int]) -> None:
+    file, rng, rows = small_graph(tmp_path, 8, text), np.random.default_rng(tokens), len(past)
     feed: dict[str, NDArray[Any]] = {"query": rng.normal(size=(rows, HEADS, tokens, 8)).astype(np.float32)}
     feed |= {name: rng.normal(size=(rows, KV_HEADS, tokens, 8)).astype(np.float32) for name in ("key", "value")}
     feed |= {name: np.full((rows, KV_HEADS, CAPACITY, 8), 1e4, np.float32) for name in ("past_key", "past_value")}  # left over, and large
     for name in ("past_key", "past_value"):
         for row, length in enumerate(past):
             feed[name][row, :, :length] = rng.normal(size=(KV_HEADS, length, 8))
-    feed |= {"starts": np.array(past), "lengths": np.array(past) + tokens}
+    feed["starts"] = np.array(past)
+    if text == CACHED:
+        feed["lengths"] = np.array(past) + tokens
+    else:
+        seen = np.arange(CAPACITY) <= (np.array(past)[:, None] + np.arange(tokens))[:, None, :, None]
+        feed["mask"] = np.where(seen, rng.normal(scale=3, size=(rows, 1, 1, CAPACITY)), -np.inf).astype(np.float32)
     lowered = ir.serde.serialize_model(graph_for_onnxruntime(file)).SerializeToString()
     mixed, *caches = run(lowered, feed)
     expected, *expected_caches = run(str(file), feed)
@@ -74,12 +84,13 @@ def test_heads_that_the_runtime_s_operator_does_not_take_stay_standard(tmp_path:
     assert ("com.microsoft" in model.opset_imports) == lowered
 
 
-@pytest.mark.parametrize("name", ["unpruned", "tower and decoder", "guided, no first stage"])
+@pytest.mark.parametrize("name", ["unpruned", "tower and decoder", "guided, no first stage", "proportional"])
 def test_all_attention_of_an_engine_is_lowered_function_bodies_included(build: Callable[..., Engine], random_checkpoint: Path, name: str) -> None:
     engine = build(random_checkpoint, SCHEDULES[name])
     vision, language = (onnx.load(engine.path / str(graph.cpu_file), load_external_data=False) for graph in (engine.vision, engine.language))
     assert operators(vision.graph.node) == {"MultiHeadAttention": 3}
-    assert operators(language.graph.node) == {"GroupQueryAttention": 4}
+    kept_beside = {"TensorScatter": 2} if name == "proportional" else {}
+    assert operators(language.graph.node) == {"GroupQueryAttention": 4, **kept_beside}
     for function in (*vision.functions, *language.functions):
         assert set(operators(function.node)) <= {"MultiHeadAttention"}
 

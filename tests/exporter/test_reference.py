@@ -14,7 +14,7 @@ from torch import Tensor
 from vflow.engines.positions import ImageSurvivors, prompt_positions
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
 from vflow.exporter.model import pruned_graphs
-from vflow.exporter.models.qwen2_vl import model_shape, pixel_importance
+from vflow.exporter.models.qwen2_vl import Embedded, model_shape, pixel_importance
 from vflow.exporter.schedule import Schedule, unpruned_schedule
 
 PROCESSOR = ImageProcessorConfig(4, 2, 2, 64, 64 * 64, (0.5, 0.4, 0.45), (0.25, 0.3, 0.27))
@@ -30,11 +30,12 @@ def inputs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return pixels, torch.from_numpy(patches.entropy).reshape(rows, columns, 4)
 
 
-def run_vision(model: Any, schedule: Schedule, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def run_vision(model: Any, schedule: Schedule, rows: int, columns: int) -> Embedded:
     vision, _ = pruned_graphs(model, model_shape(model.config), schedule)
     pixels, entropy = inputs(rows, columns)
     with torch.no_grad():
-        return vision(pixels, entropy, torch.zeros(rows * columns, dtype=torch.int32))
+        embedded: Embedded = vision(pixels, entropy, torch.zeros(rows * columns, dtype=torch.int32))
+    return embedded
 
 
 def prompt(schedule: Schedule, rows: int, columns: int, index: Tensor) -> tuple[list[int], Tensor, list[int]]:
@@ -45,27 +46,36 @@ def prompt(schedule: Schedule, rows: int, columns: int, index: Tensor) -> tuple[
 
 
 def run_language(
-    model: Any, schedule: Schedule, input_ids: list[int], positions: Tensor, embeds: Tensor, columns: list[int], importance: Tensor, budget: int
+    model: Any, schedule: Schedule, input_ids: list[int], positions: Tensor, image: Embedded, columns: list[int], budget: int
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     _, language = pruned_graphs(model, model_shape(model.config), schedule)
     segments = schedule.decoder_segments(4)
     length = len(input_ids)
     caches = [(torch.zeros(1, 2, length + 2, 8), torch.zeros(1, 2, length + 2, 8)) for _ in range(4)]
+    biases = [torch.zeros(1, 1, length + 2, 1) for _ in segments] if image.key_bias is not None else []
     with torch.no_grad():
-        logits, hidden, present = language(
-            torch.tensor([input_ids]), positions[:, None], embeds, torch.tensor(columns, dtype=torch.long), importance,
-            torch.zeros(budget, dtype=torch.int32), torch.zeros(1, len(segments), dtype=torch.long), caches,
+        logits, hidden, present, _ = language(
+            torch.tensor([input_ids]), positions[:, None], image.visual_embeds, torch.tensor(columns, dtype=torch.long), image.importance,
+            torch.zeros(budget, dtype=torch.int32), image.key_bias, torch.zeros(1, len(segments), dtype=torch.long), caches, biases,
         )  # fmt: skip
     return logits[0], hidden[0], present
+
+
+def naive_language(
+    model: Any, schedule: Schedule, input_ids: list[int], positions: Tensor, image: Embedded, columns: list[int], budget: int
+) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """The other walk of the decoder, on what the first one's tower has left."""
+    stands = [1] * len(columns) if image.key_bias is None else (image.key_bias / schedule.proportional_attention).exp().round().int().tolist()
+    return naive.language(model, schedule, input_ids, positions, image.visual_embeds, columns, image.importance.tolist(), stands, budget)
 
 
 @pytest.mark.parametrize("kind", ["model", "untied_model"])
 @pytest.mark.parametrize(("rows", "columns"), [(5, 6), (8, 3)])
 def test_with_nothing_pruned_it_is_hugging_face_s_model(request: pytest.FixtureRequest, kind: str, rows: int, columns: int) -> None:
     model, schedule = request.getfixturevalue(kind), unpruned_schedule()
-    embeds, importance, index = run_vision(model, schedule, rows, columns)
-    input_ids, positions, places = prompt(schedule, rows, columns, index)
-    logits, hidden, _ = run_language(model, schedule, input_ids, positions, embeds, places, importance, rows * columns)
+    image = run_vision(model, schedule, rows, columns)
+    input_ids, positions, places = prompt(schedule, rows, columns, image.index)
+    logits, hidden, _ = run_language(model, schedule, input_ids, positions, image, places, rows * columns)
     ids = torch.tensor([input_ids])
     with torch.no_grad():
         theirs = model(
@@ -79,7 +89,8 @@ def test_with_nothing_pruned_it_is_hugging_face_s_model(request: pytest.FixtureR
 def test_text_alone_is_hugging_face_s_model(model: Any) -> None:
     schedule, ids = unpruned_schedule(), [1, 8, 20, 21, 2, 1, 9]
     positions = torch.arange(len(ids)).expand(3, -1)
-    logits, _, _ = run_language(model, schedule, ids, positions, torch.zeros(0, 32), [], torch.zeros(0), 0)
+    none = Embedded(torch.zeros(0, 32), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    logits, _, _ = run_language(model, schedule, ids, positions, none, [], 0)
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
     torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-4)
@@ -88,19 +99,24 @@ def test_text_alone_is_hugging_face_s_model(model: Any) -> None:
 @pytest.mark.parametrize(("rows", "columns"), GRIDS)
 def test_tower_and_first_stage_are_those_of_the_method(model: Any, schedule: Schedule, rows: int, columns: int) -> None:
     pixels, entropy = inputs(rows, columns)
-    expected, scores, survivors = naive.vision(model, schedule, pixels, entropy, rows * columns)
-    embeds, importance, index = run_vision(model, schedule, rows, columns)
-    assert index.tolist() == survivors
-    torch.testing.assert_close(embeds.double(), expected, rtol=0, atol=FP32)
-    np.testing.assert_allclose(importance.numpy(), scores, rtol=1e-4, atol=1e-7)
+    expected, scores, survivors, stands = naive.vision(model, schedule, pixels, entropy, rows * columns)
+    image = run_vision(model, schedule, rows, columns)
+    assert image.index.tolist() == survivors
+    torch.testing.assert_close(image.visual_embeds.double(), expected, rtol=0, atol=FP32)
+    np.testing.assert_allclose(image.importance.numpy(), scores, rtol=1e-4, atol=1e-7)
+    weight = schedule.proportional_attention
+    assert (image.key_bias is not None) == bool(weight)
+    if image.key_bias is not None:
+        np.testing.assert_allclose(image.key_bias.numpy(), weight * np.log(stands), rtol=1e-6)
+        assert rows * columns < 2 or max(stands) > 1
 
 
 @pytest.mark.parametrize(("rows", "columns"), GRIDS)
 def test_the_decoder_is_that_of_the_method(model: Any, schedule: Schedule, rows: int, columns: int) -> None:
-    embeds, importance, index = run_vision(model, schedule, rows, columns)
-    input_ids, positions, places = prompt(schedule, rows, columns, index)
-    logits, hidden, present = run_language(model, schedule, input_ids, positions, embeds, places, importance, rows * columns)
-    expected, last, alive = naive.language(model, schedule, input_ids, positions, embeds, places, importance.tolist(), rows * columns)
+    image = run_vision(model, schedule, rows, columns)
+    input_ids, positions, places = prompt(schedule, rows, columns, image.index)
+    logits, hidden, present = run_language(model, schedule, input_ids, positions, image, places, rows * columns)
+    expected, last, alive = naive_language(model, schedule, input_ids, positions, image, places, rows * columns)
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=FP32)
     torch.testing.assert_close(hidden.double(), last, rtol=0, atol=FP32)
     for (key, _), columns_alive in zip(present, alive, strict=True):
@@ -112,8 +128,8 @@ def test_a_smaller_budget_counts_from_fewer_tokens(model: Any) -> None:
     vision, _ = pruned_graphs(model, model_shape(model.config), schedule)
     pixels, entropy = inputs(5, 6)
     with torch.no_grad():
-        embeds, _, index = vision(pixels, entropy, torch.zeros(15, dtype=torch.int32))
-    expected, _, survivors = naive.vision(model, schedule, pixels, entropy, 15)
+        embeds, _, index, _ = vision(pixels, entropy, torch.zeros(15, dtype=torch.int32))
+    expected, _, survivors, _ = naive.vision(model, schedule, pixels, entropy, 15)
     assert index.tolist() == survivors
     assert len(index) == naive.count_of(15, 400)
     torch.testing.assert_close(embeds.double(), expected, rtol=0, atol=FP32)
@@ -121,9 +137,9 @@ def test_a_smaller_budget_counts_from_fewer_tokens(model: Any) -> None:
 
 def test_text_survives_every_stage(model: Any) -> None:
     schedule = SCHEDULES["guidance alone"]
-    embeds, importance, index = run_vision(model, schedule, 5, 6)
-    input_ids, positions, places = prompt(schedule, 5, 6, index)
-    _, _, alive = naive.language(model, schedule, input_ids, positions, embeds, places, importance.tolist(), 30)
+    image = run_vision(model, schedule, 5, 6)
+    input_ids, positions, places = prompt(schedule, 5, 6, image.index)
+    _, _, alive = naive_language(model, schedule, input_ids, positions, image, places, 30)
     text = set(range(len(input_ids))) - set(places)
     assert all(text <= set(columns) for columns in alive)
 

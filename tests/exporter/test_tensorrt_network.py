@@ -43,21 +43,27 @@ def engine(build: Callable[..., Engine], random_checkpoint: Path) -> Engine:
     return build(random_checkpoint, SCHEDULE, "fp16")
 
 
+@pytest.fixture(scope="module")
+def masked_engine(build: Callable[..., Engine], random_checkpoint: Path) -> Engine:
+    """The same with proportional attention, whose graph has masks for lengths and causality."""
+    return build(random_checkpoint, dataclasses.replace(SCHEDULE, proportional_attention=2.0), "fp16")
+
+
 @pytest.fixture
 def parse(engine: Engine) -> Parse:
     """``parse("language", change)``: the network of a graph, after a change of the graph; attention is not patched yet."""
+    return lambda name, change=lambda model: None: parse_of(engine, name, change)
 
-    def make(name: str, change: Change = lambda model: None) -> Parsed:
-        model = graph_for_target("tensorrt-rtx", engine.path / graph_of(engine, name).file, engine.segments)
-        change(model)
-        file = engine.path / f".{name}-under-test.onnx"  # beside the weights
-        onnx.save(model, file)
-        try:
-            return parse_graph_file(load_library("tensorrt-rtx"), file)
-        finally:
-            file.unlink()
 
-    return make
+def parse_of(engine: Engine, name: str, change: Change = lambda model: None) -> Parsed:
+    model = graph_for_target("tensorrt-rtx", engine.path / graph_of(engine, name).file, engine.segments)
+    change(model)
+    file = engine.path / f".{name}-under-test.onnx"  # beside the weights
+    onnx.save(model, file)
+    try:
+        return parse_graph_file(load_library("tensorrt-rtx"), file)
+    finally:
+        file.unlink()
 
 
 def graph_of(engine: Engine, name: str) -> Graph:
@@ -96,6 +102,28 @@ def test_every_attention_of_the_language_graph_gets_its_lengths_and_causality(en
         assert casts[attention.key_value_lengths.name] == node.input[LENGTHS]
         lengths_of_segments.append(node.input[LENGTHS])
     assert lengths_of_segments[0] == lengths_of_segments[1] != lengths_of_segments[2] == lengths_of_segments[3]  # one for each segment
+
+
+def test_every_attention_of_a_masked_graph_gets_the_mask_of_its_segment(masked_engine: Engine) -> None:
+    parsed = parse_of(masked_engine, "language")
+    patch_attention(parsed)
+    check(masked_engine, "language", parsed)
+    layers = {node_of(layer): layer.attention for layer in parsed.of_type("ATTENTION_INPUT")}
+    masks = [node.input[3] for node in attention_nodes(parsed.model)]
+    assert [layers[node.name].mask.name for node in attention_nodes(parsed.model)] == masks
+    assert masks[0] == masks[1] != masks[2] == masks[3]
+    assert {(attention.causal_kind.name, attention.decomposable) for attention in layers.values()} == {("NONE", True)}
+
+
+@pytest.mark.parametrize(("place", "message"), [(0, "its mask is .*, the graph's is "), (None, "neither a mask nor both lengths and causality")])
+def test_a_mask_of_another_segment_or_left_out_is_caught(masked_engine: Engine, place: int | None, message: str) -> None:
+    parsed = parse_of(masked_engine, "language")
+    patch_attention(parsed)
+    model = onnx.ModelProto.FromString(parsed.model.SerializeToString())
+    nodes = attention_nodes(model)
+    nodes[-1].input[3] = "" if place is None else nodes[place].input[3]
+    with pytest.raises(NetworkError, match=rf"{nodes[-1].name}.*{message}"):
+        check(masked_engine, "language", dataclasses.replace(parsed, model=model))
 
 
 def test_attention_of_the_vision_graph_may_decompose_and_stays_uncausal(engine: Engine, parse: Parse) -> None:
@@ -246,8 +274,8 @@ def _length_of_importance(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_lose_lengths, "reads a KV cache but the graph gives it no lengths or no causality"),
-        (_lose_causality, "reads a KV cache but the graph gives it no lengths or no causality"),
+        (_lose_lengths, "reads a KV cache but the graph gives it neither a mask nor both lengths and causality"),
+        (_lose_causality, "reads a KV cache but the graph gives it neither a mask nor both lengths and causality"),
         (_constant_instead("visual_positions", np.arange(4)), "input visual_positions is not used"),
         (_constant_instead("budget_tokens", np.zeros(48, np.int32)), "input budget_tokens is not used"),
         (_length_of_importance, "input importance is used by its length alone"),
@@ -292,7 +320,7 @@ def _attribute(op_type: str, name: str, value: Any) -> Change:
         (_attribute("Attention", "scale", 0.5), "scores are scaled by 0.35.*, the graph asks for 0.5"),
         (_attribute("Attention", "scale", 0.25), "scores are scaled by 0.35.*, the graph asks for 0.25"),
         (_softcap, "attribute softcap may be dropped by the parser"),
-        (_mask, "masks and further outputs may be dropped"),
+        (_mask, "its mask is none, the graph's is mask"),
     ],
 )
 def test_a_network_that_differs_from_the_graph_is_refused(engine: Engine, parse: Parse, change: Change, message: str) -> None:

@@ -50,7 +50,7 @@ def test_random_is_a_draw_of_its_own_for_each_picture_and_not_the_top(model: Any
     for seed in range(200):
         state = vision.begin(normal(3, 4, 4, 96, seed=seed), None, 12)
         assert torch.equal(vision.score(torch.zeros(0), torch.zeros(0), state), state.importance)  # attention has no say
-        _, _, kept = vision.compact(HALF.stages[0], state.hidden[:12], state, final=True)
+        _, _, kept, _ = vision.compact(HALF.stages[0], state.hidden[:12], state, final=True)
         chosen[kept] += 1
     assert chosen.sum() == 200 * 6
     assert (chosen - 100).abs().max() < 30  # four deviations of a fair draw
@@ -85,7 +85,9 @@ def test_fastv_and_pyramiddrop_rank_by_the_last_token_s_attention_alone(model: A
     past = torch.zeros(1, len(schedule.decoder_segments(4)), dtype=torch.long)
     caches = [(torch.zeros(1, 2, 17, 8), torch.zeros(1, 2, 17, 8)) for _ in range(4)]
     with torch.no_grad():
-        language(ids, torch.arange(17).expand(3, 1, -1), normal(12, 32), torch.arange(2, 14), normal(12, seed=1), torch.zeros(12), past, caches)
+        language(
+            ids, torch.arange(17).expand(3, 1, -1), normal(12, 32), torch.arange(2, 14), normal(12, seed=1), torch.zeros(12), None, past, caches, []
+        )
     assert [layer for layer, *_ in seen] == [stage.layer for stage in schedule.stages]
     for _, visual, query, key, ranked in seen:
         for_head = [torch.softmax(key[head // 2][visual] @ query[head, -1] / 8**0.5, 0) for head in range(4)]  # two heads share a key
@@ -109,7 +111,7 @@ def test_visionzip_keeps_dominant_tokens_and_means_the_others_by_their_keys(mode
     features = normal(10, 32)
     vision = graph(VisionZipVision, model)
     key = token_keys.repeat_interleave(4, 0).expand(2, -1, -1)  # [heads, P, head_dim]
-    merged, _, kept = vision.compact(HALF.stages[0], features, state_of(importance, features, key=key), final=True)
+    merged, _, kept, _ = vision.compact(HALF.stages[0], features, state_of(importance, features, key=key), final=True)
     assert kept.tolist() == [0, 1, 3, 6, 7]  # 5 survive: 4 dominant, 1 contextual
     torch.testing.assert_close(merged[1:], features[[1, 3, 6, 7]], rtol=0, atol=0)
     torch.testing.assert_close(merged[0], features[[0, 2, 4, 5, 8, 9]].mean(0))
@@ -159,9 +161,9 @@ def test_lvtp_protects_edges_that_receive_no_attention(model: Any) -> None:
     edges[2], edges[3] = 5.0, 4.0
     vision, features = graph(LvtpVision, model), normal(12, 32)
     state = state_of(importance, features, entropy=edges.repeat_interleave(4))
-    _, _, kept = vision.compact(Stage("decoder", 0, 682), features, state, final=True)
+    _, _, kept, _ = vision.compact(Stage("decoder", 0, 682), features, state, final=True)
     assert kept.tolist() == [2, 3, 6, 7, 8, 9, 10, 11]  # 8 survive, a quarter of them for their edges
-    _, _, kept = vision.compact(Stage("decoder", 0, 682), features, state_of(importance, features, entropy=torch.zeros(48)), final=True)
+    _, _, kept, _ = vision.compact(Stage("decoder", 0, 682), features, state_of(importance, features, entropy=torch.zeros(48)), final=True)
     assert kept.tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
 
 
@@ -214,7 +216,7 @@ def test_pixelprune_s_duplicates_never_reach_the_tower(model: Any) -> None:
     method, shape = METHODS["pixelprune"], model_shape(model.config)
     vision, _ = pruned_graphs(model, shape, method.schedule(shape, 0.5), method.vision, method.language)
     with torch.no_grad():
-        _, _, index = vision(pixels, None, torch.zeros(24, dtype=torch.int32))
+        _, _, index, _ = vision(pixels, None, torch.zeros(24, dtype=torch.int32))
     assert index.tolist() == list(range(0, 24, 2))
 
 
@@ -254,7 +256,7 @@ def test_evoprune_keeps_the_attended_one_of_two_equal_tokens_and_merges_the_othe
     attention = torch.tensor([1.0, 1.0, 1.1, 1.2, 1.0, 1.0])
     for stronger, kept_one in ((attention, 3), (attention.flip(0)[[0, 2, 1, 4, 3, 5]], 1)):
         vision = graph(EvoPruneVision, model, METHODS["evoprune"].schedule(model_shape(model.config), 0.8))
-        features, importance, kept = vision.compact(Stage("tower", 2, 850), hidden, state_of(stronger, hidden))
+        features, importance, kept, _ = vision.compact(Stage("tower", 2, 850), hidden, state_of(stronger, hidden))
         assert kept.tolist() == [token for token in range(6) if token != 4 - kept_one]
         torch.testing.assert_close(features, hidden.reshape(6, 24)[kept].reshape(20, 6))  # merged with its equal: unchanged
         assert torch.equal(importance, stronger[kept])
@@ -264,7 +266,7 @@ def test_evoprune_merges_into_the_most_similar_by_attention(model: Any) -> None:
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]).repeat_interleave(4, 0)
     attention = torch.tensor([2.0, 3.0, 1.0])
     vision = graph(EvoPruneVision, model, METHODS["evoprune"].schedule(model_shape(model.config), 0.8))
-    features, _, kept = vision.compact(Stage("tower", 2, 600), hidden, state_of(attention, hidden))
+    features, _, kept, _ = vision.compact(Stage("tower", 2, 600), hidden, state_of(attention, hidden))
     assert kept.tolist() == [0, 1]
     torch.testing.assert_close(features[4], (3 * hidden[4] + hidden[8]) / 4)
 

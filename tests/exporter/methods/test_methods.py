@@ -46,7 +46,9 @@ def pixels_of(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def run_vision(model: Any, method: Method, schedule: Schedule, pixels: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     vision, _ = pruned_graphs(model, model_shape(model.config), schedule, method.vision, method.language)
     with torch.no_grad():
-        return vision(pixels.to(model.dtype), entropy, torch.zeros(pixels.shape[0] * pixels.shape[1], dtype=torch.int32))
+        embedded = vision(pixels.to(model.dtype), entropy, torch.zeros(pixels.shape[0] * pixels.shape[1], dtype=torch.int32))
+    assert embedded.key_bias is None
+    return embedded.visual_embeds, embedded.importance, embedded.index
 
 
 def run_language(model: Any, method: Method, schedule: Schedule, embeds: Tensor, importance: Tensor, budget: int) -> tuple[Tensor, list[int]]:
@@ -58,8 +60,8 @@ def run_language(model: Any, method: Method, schedule: Schedule, embeds: Tensor,
     columns = torch.arange(len(TEXT_BEFORE), len(TEXT_BEFORE) + len(embeds))
     past = torch.zeros(1, len(schedule.decoder_segments(4)), dtype=torch.long)
     with torch.no_grad():
-        logits, _, present = language(
-            torch.tensor([ids]), positions, embeds, columns, importance, torch.zeros(budget, dtype=torch.int32), past, caches
+        logits, _, present, _ = language(
+            torch.tensor([ids]), positions, embeds, columns, importance, torch.zeros(budget, dtype=torch.int32), None, past, caches, []
         )
     return logits[0], [int(key.abs().sum((0, 1, 3)).count_nonzero()) for key, _ in present]
 
@@ -137,7 +139,7 @@ def test_a_smaller_budget_counts_from_fewer_tokens(model: Any, name: str) -> Non
     schedule = method.schedule(model_shape(model.config), 0.3)
     vision, _ = pruned_graphs(model, model_shape(model.config), schedule, method.vision, method.language)
     with torch.no_grad():
-        _, _, index = vision(*pixels_of(5, 6), torch.zeros(15, dtype=torch.int32))
+        _, _, index, _ = vision(*pixels_of(5, 6), torch.zeros(15, dtype=torch.int32))
     assert len(index) == (30 if schedule.keep_at("decoder", 0) == 1024 else keep_count(15, schedule.keep_at("decoder", 0)))
 
 
