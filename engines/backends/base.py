@@ -7,16 +7,28 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "VisionBackend"]
 
 
-class Backend(Protocol):
+class VisionBackend(Protocol):
+    """The vision graph; shapes and dtypes in docs/architecture.md."""
+
+    @property
+    def dtype(self) -> type[np.floating[Any]]:
+        """T, the type of the embeddings."""
+
+    def vision(
+        self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
+    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
+        """One image: ``visual_embeds`` T [M, hidden_size], ``importance`` float32 [M], ``index`` int64 [M]."""
+
+
+class Backend(VisionBackend, Protocol):
     """Two graphs and the KV caches between their calls; shapes and dtypes in docs/architecture.md.
 
     The caches have ``slots`` rows, each for one request. ``vision`` may run in another thread than the rest.
     """
 
-    dtype: type[np.floating[Any]]
     slots: int
 
     @property
@@ -25,11 +37,6 @@ class Backend(Protocol):
 
     def clear_caches(self, slot: int | None = None) -> None:
         """Overwrite the caches of one slot, or of all, with finite numbers."""
-
-    def vision(
-        self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int
-    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
-        """One image: ``visual_embeds`` T [M, hidden_size], ``importance`` float32 [M], ``index`` int64 [M]."""
 
     def language(
         self,
