@@ -71,7 +71,7 @@ def test_what_a_first_stage_merges_is_still_merged_and_guidance_is_off() -> None
     )
     after = one_decoder_stage(schedule, LAYERS)
     assert after.stages == (Stage("tower", 2, 700, 3.0), Stage("decoder", 0, (4 * 600 + 3 * 100) // 7, 2.5))
-    assert (after.recycled_importance, after.renumber_first_stage, after.model) == ("sum", True, "model")
+    assert (after.recycled_importance, after.guidance_weight, after.renumber_first_stage, after.model) == ("sum", 0.0, True, "model")
 
 
 # ------------------------------------------------------------------------------------------------------------- the build
