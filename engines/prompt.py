@@ -48,6 +48,17 @@ class PromptEncoder:
         self._image_token = tokens.image
         self._reserved = _reserved_tokens(self.tokenizer, self._template, tokens)
 
+    def render(self, prompt: Prompt, images: int) -> str:
+        """Text of a prompt, ready for the answer. Arguments as :meth:`encode`.
+
+        Raises:
+            PromptError: malformed messages, or a text that holds tokens which structure prompts.
+        """
+        messages = image_messages(prompt, images) if isinstance(prompt, str) else check_messages(prompt)
+        for message in messages:
+            self._check_text(message)
+        return render_prompt(self._template, messages)
+
     def encode(self, prompt: Prompt, images: int) -> list[int]:
         """Token ids of a prompt, ready for the answer.
 
@@ -56,12 +67,9 @@ class PromptEncoder:
             images: number of images; the messages must have as many placeholders.
 
         Raises:
-            PromptError: malformed messages, a text that holds tokens which structure prompts, or another number of placeholders.
+            PromptError: as :meth:`render`, or another number of placeholders.
         """
-        messages = image_messages(prompt, images) if isinstance(prompt, str) else check_messages(prompt)
-        for message in messages:
-            self._check_text(message)
-        token_ids: list[int] = self.tokenizer.encode(render_prompt(self._template, messages), add_special_tokens=False).ids
+        token_ids: list[int] = self.tokenizer.encode(self.render(prompt, images), add_special_tokens=False).ids
         placeholders = token_ids.count(self._image_token)
         if placeholders != images:
             raise PromptError(f"prompt has {placeholders} image placeholders, {images} images were given; give as many of the one as of the other")

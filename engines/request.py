@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..exporter.schedule import keep_count
-from .backends.base import Backend, EmbeddedImage
+from .backends.base import Backend, EmbeddedImage, VisionBackend
 from .errors import EngineError
 from .manifest import Engine, Segment
 from .positions import ImageSurvivors, prompt_positions
@@ -114,7 +114,7 @@ def read_request(
     )
 
 
-def prepare_request(engine: Engine, backend: Backend, request: Request) -> Prepared:
+def prepare_request(engine: Engine, backend: VisionBackend, request: Request) -> Prepared:
     """Run the vision graph on each image, and lay out tokens and positions. No cache is touched.
 
     Raises:

@@ -17,9 +17,10 @@ import torch
 from ..engines.backends.cuda import gpu_capability
 from ..engines.directory import kv_segments, open_engine, write_engine_directory
 from ..engines.errors import EngineError
-from ..engines.graphs import parse_graph, parse_targets
+from ..engines.graphs import TARGETS, parse_graph, parse_targets
 from ..engines.manifest import MANIFEST_FORMAT, Engine, Limits
 from ..engines.preprocess import ImageProcessorConfig
+from ..engines.tensorrt_llm import check_schedule
 from ..engines.triton_server.settings import Settings
 from ..plugins.compile import check_target, compile_plugins
 from .checkpoint import Checkpoint, CheckpointError
@@ -30,6 +31,7 @@ from .onnxruntime_graph import graph_for_onnxruntime
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS
 from .schedule import Schedule
 from .tensorrt.targets import build_target, check_targets
+from .tensorrt_llm import TENSORRT_LLM, write_script
 from .trace import trace_language, trace_vision
 from .triton_repository import ENGINE_FROM_MODEL, REPOSITORY_FOLDER, VISION_TARGET, repository_name, write_model, write_vision_model
 
@@ -60,7 +62,8 @@ class BuildOptions:
     force: bool = False
     # GPUs such as "8.9". With the target tensorrt-rtx its engines are for these; else the ops' kernels are compiled for them into plugins/.
     compute_capabilities: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()  # of engines.graphs.TARGETS; ONNX Runtime can run every engine directory, bf16 apart
+    # Of engines.graphs.TARGETS, and tensorrt-llm, for which nothing is built. ONNX Runtime can run every engine directory, bf16 apart.
+    targets: tuple[str, ...] = ()
     weights: str = "full"  # of engines.manifest.WEIGHTS
 
 
@@ -78,6 +81,8 @@ def build_engine(
     dtype = PRECISIONS[options.precision]
     shape = model_shape(checkpoint.config)
     schedule.check(shape, fingerprint=checkpoint.fingerprint)
+    if TENSORRT_LLM in options.targets:
+        check_schedule(schedule, shape.decoder.layers)
     _check_limits(checkpoint, options)
     processor = image_processor(checkpoint, options.max_visual_tokens)
     manifest: dict[str, Any] = {}
@@ -110,7 +115,7 @@ def build_engine(
         segments = kv_segments(schedule, shape.decoder.layers, **vars(limits))
         interfaces = {"vision": _interface(vision, VISION_FILE, cpu_files), "language": _interface(language, LANGUAGE_FILE, cpu_files)}
         targets = {}
-        for target in options.targets:
+        for target in (target for target in options.targets if target in TARGETS):
             rtx = target == "tensorrt-rtx"
             targets[target] = build_target(
                 target, folder, {name: parse_graph(interfaces, name) for name in interfaces}, segments, limits,
@@ -120,6 +125,8 @@ def build_engine(
         if VISION_TARGET in targets:
             vision_engine = parse_targets(json.loads(json.dumps(targets)))[VISION_TARGET].vision  # as the manifest will hold it
             write_vision_model(folder / REPOSITORY_FOLDER, repository_name(checkpoint.name), ENGINE_FROM_MODEL, vision_engine)
+        if TENSORRT_LLM in options.targets:
+            write_script(folder)
         progress("check sums", 0.0)
         manifest.update(
             format=MANIFEST_FORMAT,
@@ -142,7 +149,7 @@ def build_engine(
 
 def _check_types(options: BuildOptions) -> None:
     """Refuse numbers that what the engine is for does not compute with; what was tried is in docs/quality.md."""
-    if options.precision == "bf16" and not options.targets:
+    if options.precision == "bf16" and not set(TARGETS) & set(options.targets):
         raise EngineError(
             "--precision bf16: ONNX Runtime has no bf16 kernels for Gemm and Expand on the CPU; add --target tensorrt-rtx, or take fp16"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .weight_files import CheckpointError, fingerprint, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +29,7 @@ ALIASES: dict[str, str] = {
 }
 FAMILIES = {"qwen2_vl": "Qwen2-VL"}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.json"]
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 16, 65_536  # of each weights file: enough to tell fine-tunes apart, quick at any size
 BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
-
-class CheckpointError(ValueError):
-    """A model that cannot be used; the message names the model or file and what to do."""
 
 
 def resolve_model(model: str) -> Path:
@@ -94,16 +89,8 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that tell models apart: the configuration, and size, tensor table and samples of the data of every weights file."""
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in sorted({info.file for info in self.tensors.values()}):
-            size = file.stat().st_size
-            digest.update(f"{size}".encode())
-            with file.open("rb") as handle:
-                for block in range(FINGERPRINT_BLOCKS):
-                    handle.seek(block * max(0, size - FINGERPRINT_BLOCK) // (FINGERPRINT_BLOCKS - 1))
-                    digest.update(handle.read(FINGERPRINT_BLOCK))
-        return digest.hexdigest()[:16]
+        """As :func:`fingerprint`, read once."""
+        return fingerprint(self.path)
 
     @property
     def size(self) -> int:
@@ -150,7 +137,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     path = resolve_model(model)
     config = _read_config(path)
-    files = _weight_files(path)
+    files = weight_files(path)
     tensors: dict[str, TensorInfo] = {}
     disk_names: dict[str, str] = {}
     for file in files:
@@ -209,29 +196,6 @@ def _config_problem(config: Qwen2VLConfig) -> str | None:
     if not isinstance(sections, list) or len(sections) != 3 or 2 * sum(sections) != text.hidden_size // text.num_attention_heads:
         return "text_config.rope_parameters.mrope_section must be three whole numbers that sum to half of the width of a head"
     return None
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [path / name for name in names]
-        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
-            raise CheckpointError(f"{index}: not a safetensors index; download it again") from None
-        if any(file.parent != path for file in files):
-            raise CheckpointError(f"{index}: names a file outside the folder; download it again")
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(f"{path}: {missing[0]} is missing ({len(missing)} of {len(files)} weights files); download the rest")
-        return files
-    files = sorted(path.glob("*.safetensors"))
-    if files:
-        return files
-    pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
-    if pickled:
-        raise CheckpointError(f"{path / pickled[0]}: pickled weights can run code when loaded and are refused; convert them to safetensors")
-    raise CheckpointError(f"{path}: no *.safetensors weights")
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:

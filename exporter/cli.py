@@ -18,6 +18,7 @@ from .cli_serve import serve
 from .cli_triton import triton_repository
 from .console import one_line_errors, progress_bar, stop_on_signals
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS, DEFAULT_PRESET, PRESET_NAMES, preset_schedule, tuned_schedule
+from .tensorrt_llm import SCRIPT_FILE, TENSORRT_LLM, schedule_for_tensorrt_llm
 
 __all__ = ["main"]
 
@@ -53,8 +54,8 @@ main.add_command(triton_repository)
 @click.option(
     "--weights", type=click.Choice(WEIGHTS), default="full", show_default=True, help="Bits of the decoder's projections; full is --precision."
 )
-@click.option("--target", "targets", multiple=True, type=click.Choice(RUNTIMES), default=["onnxruntime"],
-              show_default=True, help="Build for this runtime; repeatable. ONNX Runtime takes the graphs, tensorrt needs a GPU.")  # fmt: skip
+@click.option("--target", "targets", multiple=True, type=click.Choice((*RUNTIMES, TENSORRT_LLM)), default=["onnxruntime"], show_default=True,
+              help="Build for this runtime; repeatable. ONNX Runtime takes the graphs, tensorrt needs a GPU, tensorrt-llm one stage.")  # fmt: skip
 @click.option("--compute-capability", "capabilities", multiple=True,
               help="GPU (8.9, 12.0, …) that tensorrt-rtx builds for, or without it that the ops' kernels are compiled for; repeatable.")  # fmt: skip
 @click.option(
@@ -101,6 +102,11 @@ def build(
             if preset is None and not tuned and sys.stdin.isatty():
                 question = f"No schedule is tuned for keep {keep:g} (vflow-export tune makes one). Build with the untuned preset {name}?"
                 click.confirm(question, default=True, abort=True, err=True)
+            if TENSORRT_LLM in engines_for:
+                able = schedule_for_tensorrt_llm(schedule, checkpoint.config.text_config.num_hidden_layers)
+                if able is not schedule:
+                    schedule = able
+                    origin = f"preset {name}, as {TENSORRT_LLM} can run it: one decoder stage, plain attention, the same average keep; not tuned"
         with progress_bar() as progress:
             options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force, capabilities, engines_for, weights)
             engine = build_engine(checkpoint, schedule or unpruned_schedule(), output, options, progress=progress)
@@ -108,6 +114,8 @@ def build(
         click.echo(f"schedule   {origin}")
         click.echo(f"engine     {output}")
         click.echo(f"try next   vflow-export run {output} --image FILE --prompt TEXT")
+        if TENSORRT_LLM in engines_for:
+            click.echo(f"           python {output / SCRIPT_FILE} {checkpoint.path} --image FILE --prompt TEXT")
 
 
 @main.command()

@@ -16,11 +16,12 @@ ROOMS = ("plugins", "exporter", "engines")
 ALLOWED = {
     "plugins": set(),
     "exporter": {"plugins", "engines"},
-    "engines": {"exporter.shape", "exporter.schedule", "exporter.budget"},
+    "engines": {"exporter.shape", "exporter.schedule", "exporter.budget", "exporter.weight_files"},
 }
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub"}
 LIGHT_EXPORTER = (  # used where nothing is built
-    "shape.py", "schedule.py", "budget.py", "presets.py", "doctor.py", "child_process.py", "cli.py", "cli_bench.py", "tiny/scenes.py",
+    "shape.py", "schedule.py", "budget.py", "weight_files.py", "presets.py", "doctor.py", "child_process.py", "cli.py", "cli_bench.py",
+    "tensorrt_llm.py", "tiny/scenes.py",
     *(f"bench/{name}.py" for name in ("child", "engine", "genai", "limits", "measurement", "openvino", "report", "runner", "subjects")),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Backend", "EmbeddedImage"]
+__all__ = ["Backend", "EmbeddedImage", "VisionBackend"]
 
 
 class EmbeddedImage(NamedTuple):
@@ -20,13 +20,23 @@ class EmbeddedImage(NamedTuple):
     key_bias: NDArray[np.float32] | None = None
 
 
-class Backend(Protocol):
+class VisionBackend(Protocol):
+    """The vision graph; shapes and dtypes in docs/architecture.md."""
+
+    @property
+    def dtype(self) -> type[np.floating[Any]]:
+        """T, the type of the embeddings."""
+
+    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
+        """One image."""
+
+
+class Backend(VisionBackend, Protocol):
     """Two graphs and the KV caches between their calls; shapes and dtypes in docs/architecture.md.
 
     The caches have ``slots`` rows, each for one request. ``vision`` may run in another thread than the rest.
     """
 
-    dtype: type[np.floating[Any]]
     slots: int
 
     @property
@@ -35,9 +45,6 @@ class Backend(Protocol):
 
     def clear_caches(self, slot: int | None = None) -> None:
         """Overwrite the caches of one slot, or of all, with finite numbers."""
-
-    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
-        """One image."""
 
     def language(
         self,

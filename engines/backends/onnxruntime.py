@@ -20,7 +20,7 @@ from ..errors import EngineError
 from ..manifest import Engine, Graph
 from .base import EmbeddedImage
 
-__all__ = ["DISABLED_OPTIMIZERS", "MINIMUM_VERSION", "OnnxRuntimeBackend", "check_version", "session_options"]
+__all__ = ["DISABLED_OPTIMIZERS", "MINIMUM_VERSION", "OnnxRuntimeBackend", "OnnxRuntimeVision", "check_version", "session_options"]
 
 # Early kernels of this operator align causal attention at the top left when the cache is longer than the query: they would answer, and wrongly
 # (onnxruntime pull request 28958). 1.31 is the oldest that was tried on a GPU, and the newest that there is for one.
@@ -41,45 +41,86 @@ LANGUAGE_INPUTS = frozenset(
 )  # beside the caches
 
 
-class OnnxRuntimeBackend:
-    """The graphs of one engine, and KV caches for ``slots`` requests.
+class OnnxRuntimeVision:
+    """The vision graph of one engine.
 
     Args:
         engine: checked engine directory.
-        slots: rows of every cache.
         provider: ``cpu`` or ``cuda``; None takes CUDA where the installed runtime has it.
         threads: of each operator; None leaves it to the runtime.
         standard: load the graphs of standard operators on the CPU as well, where ``cpu_file`` is faster; for comparison.
 
     Raises:
-        EngineError: no runtime, one that is too old or lacks the provider, or graphs that it cannot load.
+        EngineError: no runtime, one that is too old or lacks the provider, or a graph that it cannot load.
     """
 
-    def __init__(self, engine: Engine, *, slots: int = 1, provider: str | None = None, threads: int | None = None, standard: bool = False) -> None:
-        if slots < 1:
-            raise EngineError(f"slots must be at least 1, got {slots}")
+    def __init__(self, engine: Engine, *, provider: str | None = None, threads: int | None = None, standard: bool = False, spin: bool = True) -> None:
         if engine.precision == "bf16":
             raise EngineError(f"{engine.path} is bf16, for which ONNX Runtime has no kernels; run it with its target, or build it in fp16")
         runtime = _import_runtime()
-        self.slots = slots
         self.provider = _choose_provider(provider, runtime.get_available_providers())
         if self.provider == "cuda":
             _find_cuda(runtime)
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
         self._runtime = runtime
+        self._demanded = provider is not None
         self._standard = standard
         self._failures = _failures()
         self._vision_inputs = frozenset(engine.vision.input_names)
         self._vision_outputs = [name for name in EmbeddedImage._fields if name in {output.name for output in engine.vision.outputs}]
-        self._language_inputs = frozenset(engine.language.input_names)
         _check_inputs(engine.vision, VISION_INPUTS)
+        self._options = session_options(runtime, threads)
+        if not spin:
+            self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._vision = self._load(engine, engine.vision)
+
+    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
+        """Run the vision graph on one image.
+
+        Args:
+            pixel_values: float32 [rows, columns, G, patch_dim].
+            entropy: float32 [rows, columns, G], bits.
+            budget: N, original visual tokens from which the stages' ratios are counted.
+
+        Raises:
+            EngineError: the runtime failed, out of memory for instance.
+        """
+        feed = {"pixel_values": pixel_values.astype(self.dtype, copy=False), "entropy": entropy, "budget_tokens": np.zeros(budget, np.int32)}
+        try:
+            outputs = self._vision.run(self._vision_outputs, {name: value for name, value in feed.items() if name in self._vision_inputs})
+        except self._failures as error:
+            raise EngineError(f"vision graph failed on an image of {budget} visual tokens: {_first_line(error)}; try a smaller image") from error
+        return EmbeddedImage(**dict(zip(self._vision_outputs, outputs, strict=True)))
+
+    def _load(self, engine: Engine, graph: Graph) -> Any:
+        lowered = graph.cpu_file if self.provider == "cpu" and not self._standard else None
+        path = engine.path / (lowered or graph.file)
+        name = PROVIDERS[self.provider]
+        providers = [name] if self.provider == "cpu" else [name, PROVIDERS["cpu"]]
+        try:
+            session = self._runtime.InferenceSession(str(path), self._options, providers=providers, disabled_optimizers=DISABLED_OPTIMIZERS)
+        except self._failures as error:
+            raise EngineError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}); build the engine again") from error
+        if name not in session.get_providers():
+            if self._demanded:
+                raise EngineError(f"ONNX Runtime cannot start provider {self.provider!r} on this machine (its log says why); use provider 'cpu'")
+            self.provider = "cpu"
+        return session
+
+
+class OnnxRuntimeBackend(OnnxRuntimeVision):
+    """Both graphs of one engine, and KV caches for ``slots`` requests; other arguments and errors as :class:`OnnxRuntimeVision`."""
+
+    def __init__(self, engine: Engine, *, slots: int = 1, provider: str | None = None, threads: int | None = None, standard: bool = False) -> None:
+        if slots < 1:
+            raise EngineError(f"slots must be at least 1, got {slots}")
         biases = {BIAS_INPUT.format(segment=number) for number in range(len(engine.segments))} if engine.schedule.proportional_attention else set()
         _check_inputs(engine.language, LANGUAGE_INPUTS | biases | {*_cache_names(0, engine.shape.decoder.layers)})
-        options = session_options(runtime, threads)
-        if slots > 1:  # the two graphs then run side by side, and a graph's idle threads would spin on the cores that the other one needs
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._vision = self._load(engine, engine.vision, options, provider)
-        self._language = self._load(engine, engine.language, options, provider)
+        # With several slots the two graphs run side by side, and a graph's idle threads would spin on the cores that the other one needs.
+        super().__init__(engine, provider=provider, threads=threads, standard=standard, spin=slots == 1)
+        self.slots = slots
+        self._language_inputs = frozenset(engine.language.input_names)
+        self._language = self._load(engine, engine.language)
         self._caches = self._allocate_caches(engine)
         self._logits = np.zeros((slots, engine.shape.decoder.vocab_size), np.float32)
         self._last_hidden = np.zeros((slots, engine.shape.decoder.hidden_size), self.dtype)
@@ -105,24 +146,6 @@ class OnnxRuntimeBackend:
             contents = value.numpy().copy()  # an OrtValue is written whole, and this is done where logits have overflowed only
             contents[slice(None) if slot is None else slot] = 0
             value.update_inplace(contents)
-
-    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
-        """Run the vision graph on one image.
-
-        Args:
-            pixel_values: float32 [rows, columns, G, patch_dim].
-            entropy: float32 [rows, columns, G], bits.
-            budget: N, original visual tokens from which the stages' ratios are counted.
-
-        Raises:
-            EngineError: the runtime failed, out of memory for instance.
-        """
-        feed = {"pixel_values": pixel_values.astype(self.dtype, copy=False), "entropy": entropy, "budget_tokens": np.zeros(budget, np.int32)}
-        try:
-            outputs = self._vision.run(self._vision_outputs, {name: value for name, value in feed.items() if name in self._vision_inputs})
-        except self._failures as error:
-            raise EngineError(f"vision graph failed on an image of {budget} visual tokens: {_first_line(error)}; try a smaller image") from error
-        return EmbeddedImage(**dict(zip(self._vision_outputs, outputs, strict=True)))
 
     def language(
         self,
@@ -175,21 +198,6 @@ class OnnxRuntimeBackend:
         except self._failures as error:
             raise EngineError(f"language graph failed on {input_ids.shape[1]} tokens: {_first_line(error)}; try a shorter request") from error
         return self._logits[rows].copy(), self._last_hidden[rows].copy()
-
-    def _load(self, engine: Engine, graph: Graph, options: Any, provider: str | None) -> Any:
-        lowered = graph.cpu_file if self.provider == "cpu" and not self._standard else None
-        path = engine.path / (lowered or graph.file)
-        name = PROVIDERS[self.provider]
-        providers = [name] if self.provider == "cpu" else [name, PROVIDERS["cpu"]]
-        try:
-            session = self._runtime.InferenceSession(str(path), options, providers=providers, disabled_optimizers=DISABLED_OPTIMIZERS)
-        except self._failures as error:
-            raise EngineError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}); build the engine again") from error
-        if name not in session.get_providers():
-            if provider is not None:
-                raise EngineError(f"ONNX Runtime cannot start provider {provider!r} on this machine (its log says why); use provider 'cpu'")
-            self.provider = "cpu"
-        return session
 
     def _allocate_caches(self, engine: Engine) -> dict[str, Any]:
         decoder = engine.shape.decoder

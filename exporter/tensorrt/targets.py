@@ -18,7 +18,7 @@ import onnx
 
 from ...engines.backends.cuda import gpu_capability
 from ...engines.errors import EngineError
-from ...engines.graphs import GRAPHS, Graph, Profile
+from ...engines.graphs import GRAPHS, TARGETS, Graph, Profile
 from ...engines.manifest import Limits, Segment
 from ..child_process import last_words
 from .engine import EngineJob
@@ -34,12 +34,12 @@ POLL_SECONDS = 0.1
 
 
 def check_targets(targets: Sequence[str], capabilities: Sequence[str]) -> None:
-    """Refuse targets that cannot be built here, before anything is.
+    """Refuse targets that cannot be built here, before anything is; those for which no engines are built always can.
 
     Raises:
         EngineError: a package or a GPU is missing, or a compute capability is not one that TensorRT for RTX builds for.
     """
-    for target in targets:
+    for target in (target for target in TARGETS if target in targets):
         missing = [name for name in (MODULES[target], "polygraphy") if util.find_spec(name) is None]
         if target == "tensorrt" and gpu_capability() is None:
             raise EngineError(

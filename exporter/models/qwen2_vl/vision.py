@@ -1,10 +1,4 @@
-"""Qwen2-VL (arXiv 2409.12191): the Hugging Face modules, walked with pruning between them.
-
-``VisionGraph`` and ``LanguageGraph`` are both the PyTorch reference of the pruned model and what is traced for export. They call the
-checkpoint's own modules (norms, projections, MLPs) and put attention, caches and stages between them. Methods that choose tokens in
-another way (``exporter/methods``) override ``rank_pixels``, ``score``, ``compact`` and ``rank``. Symbols: N visual tokens of an
-image, G = merge_size² patches a token, P = N · G patches, C the tower's width, H the language model's.
-"""
+"""Tower and merger of Qwen2-VL with what happens to visual tokens before the decoder."""
 
 from __future__ import annotations
 
@@ -14,50 +8,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig
 
-from ...plugins.compaction import gather_tokens, keep_top, keep_top_per_cell, merge_tokens
-from ...plugins.guidance import last_token_attention
-from ...plugins.importance import add_entropy, context_relevance
-from ..schedule import Schedule, Stage, cell_count, cell_of, keep_count
-from ..shape import DecoderShape, ModelShape, TowerShape
-from ..standard_ops import attention, cached_causal_attention, masked_attention, rms_norm, rotary_embedding, tensor_scatter
+from ....plugins.compaction import keep_top, keep_top_per_cell, merge_tokens
+from ....plugins.importance import add_entropy, context_relevance
+from ...schedule import Schedule, Stage, cell_count, cell_of, keep_count
+from ...shape import ModelShape
+from ...standard_ops import attention, rotary_embedding
 
-__all__ = ["FAMILY", "Compacted", "Embedded", "LanguageGraph", "TowerState", "VisionGraph", "image_token_ids", "model_shape"]
+__all__ = ["Compacted", "Embedded", "TowerState", "VisionGraph", "pixel_importance"]
 
-FAMILY = "qwen2_vl"
 TOWER_ROPE_THETA = 10_000.0  # fixed in the architecture
 PROTECTED = 1e30  # importance of a token that must survive; far above any score, and finite
 ENTROPY_BITS = 8.0  # the most that 256 grey levels can have
-TEXT_KEY = float("inf")  # ranking key of a token that is not visual
-
-
-def model_shape(config: Qwen2VLConfig) -> ModelShape:
-    """The sizes that schedules, budgets and runtimes need."""
-    vision, text = config.vision_config, config.text_config
-    tower = TowerShape(
-        blocks=vision.depth,
-        embed_dim=vision.embed_dim,
-        heads=vision.num_heads,
-        mlp_dim=int(vision.embed_dim * vision.mlp_ratio),
-        patch_dim=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-        merge_size=vision.spatial_merge_size,
-    )
-    decoder = DecoderShape(
-        layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=text.hidden_size // text.num_attention_heads,
-        mlp_dim=text.intermediate_size,
-        vocab_size=text.vocab_size,
-    )
-    return ModelShape(tower, decoder)
-
-
-def image_token_ids(config: Qwen2VLConfig) -> dict[str, int]:
-    """Special tokens around an image."""
-    return {"image": config.image_token_id, "vision_start": config.vision_start_token_id, "vision_end": config.vision_end_token_id}
 
 
 @dataclass(frozen=True)
@@ -302,138 +264,3 @@ def _take_groups(x: Tensor, kept: Tensor, group: int) -> Tensor:
     """Rows of the kept tokens' patches: [tokens · G, …] → [kept · G, …]."""
     grouped = x.reshape(-1, group * x[0].numel())
     return grouped[kept].reshape(-1, *x.shape[1:])
-
-
-class LanguageGraph(nn.Module):
-    """The decoder with its stages, over KV caches of fixed capacity: prefill of one request and decoding of a batch."""
-
-    def __init__(self, language_model: Any, lm_head: nn.Linear | None, shape: ModelShape, schedule: Schedule) -> None:
-        """``lm_head`` is None where the head is tied to the embedding table."""
-        super().__init__()
-        self.language_model = language_model
-        self.lm_head, self.shape, self.schedule = lm_head, shape.decoder, schedule
-        self.stages = {stage.layer: stage for stage in schedule.later_stages}
-        rope = self.language_model.config.rope_parameters
-        self.theta, self.sections = float(rope["rope_theta"]), list(rope["mrope_section"])
-        self.epsilon = float(self.language_model.config.rms_norm_eps)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        visual_embeds: Tensor,
-        visual_positions: Tensor,
-        importance: Tensor | None,
-        budget_tokens: Tensor | None,
-        key_bias: Tensor | None,
-        past_lengths: Tensor,
-        past_key_values: list[tuple[Tensor, Tensor]],
-        past_key_bias: list[Tensor],
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """Extend the caches by S tokens.
-
-        Args:
-            input_ids: int64 [B, S]; position_ids: int64 [3, B, S].
-            visual_embeds: T [V, H]; visual_positions: int64 [V], their columns; V > 0 only with B = 1.
-            importance: float32 [V], budget_tokens: [N] (length only); None without stages inside the decoder.
-            key_bias: float32 [V]; None without proportional attention.
-            past_lengths: int64 [B, segments]; past_key_values: per layer key and value [B, KV, capacity, head_dim].
-            past_key_bias: per segment T [B, 1, capacity, 1], what is added to scores of the tokens in its caches; empty without.
-
-        Returns:
-            logits float32 [B, vocab] and hidden states after the final norm [B, H], both of the last token, and the caches.
-        """
-        length = input_ids.shape[1]
-        embeds = F.embedding(input_ids, self.language_model.embed_tokens.weight)
-        hidden = _put_rows(embeds, visual_positions, visual_embeds)
-        cos, sin = self._rotary(position_ids, hidden)
-        ranking = self._ranking_key(length, visual_positions, importance) if importance is not None else None
-        bias = _put_rows(torch.zeros_like(hidden[..., :1]), visual_positions, key_bias[:, None]) if key_bias is not None else None  # [B, S, 1]
-        alive, segment, mask = visual_embeds.shape[0], 0, None
-        query_key: tuple[Tensor, Tensor] | None = None
-        present: list[tuple[Tensor, Tensor]] = []
-        present_bias: list[Tensor] = []
-        for number, layer in enumerate(self.language_model.layers):
-            stage = self.stages.get(number)
-            if stage is not None and ranking is not None and budget_tokens is not None and query_key is not None:
-                survivors = keep_count(budget_tokens.shape[0], stage.keep)
-                score = self.rank(number, hidden, ranking, *query_key)
-                index = keep_top(score, hidden.shape[1] - (alive - survivors))
-                hidden, cos, sin, ranking = gather_tokens(hidden, cos, sin, ranking, index)
-                bias = bias[:, index] if bias is not None else None
-                alive, segment = survivors, segment + 1
-            if bias is not None and (number == 0 or stage is not None):
-                present_bias.append(tensor_scatter(past_key_bias[segment], bias[:, None], past_lengths[:, segment]))
-                mask = _causal_mask(present_bias[-1], past_lengths[:, segment], bias.shape[1])
-            hidden, query_key, cache = self._layer(layer, hidden, cos, sin, past_lengths[:, segment], past_key_values[number], mask)
-            present.append(cache)
-        last = rms_norm(hidden[:, -1], self.language_model.norm.weight, epsilon=self.epsilon)  # [B, H]
-        # The head's weight is the embedding table in tied models: multiplied from the left, both graphs' users share one tensor.
-        head = self.language_model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits = (head @ last.T).T.float()
-        return logits, last, present, present_bias
-
-    def _layer(
-        self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, past_length: Tensor, past: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """One decoder layer: hidden states, its queries and keys of these tokens, and its cache. ``mask`` None is plain causal attention."""
-        attn, sizes = layer.self_attn, self.shape
-        normed = rms_norm(hidden, layer.input_layernorm.weight, epsilon=self.epsilon)
-        batch, length, _ = hidden.shape
-        query = attn.q_proj(normed).reshape(batch, length, sizes.heads, sizes.head_dim).transpose(1, 2)
-        key = attn.k_proj(normed).reshape(batch, length, sizes.kv_heads, sizes.head_dim).transpose(1, 2)
-        value = attn.v_proj(normed).reshape(batch, length, sizes.kv_heads, sizes.head_dim).transpose(1, 2)
-        query, key = rotary_embedding(query, cos, sin), rotary_embedding(key, cos, sin)
-        cache = tensor_scatter(past[0], key, past_length), tensor_scatter(past[1], value, past_length)
-        scale = sizes.head_dim**-0.5
-        if mask is None:
-            mixed = cached_causal_attention(query, *cache, past_length + length, scale=scale)
-        else:
-            mixed = masked_attention(query, *cache, mask, scale=scale)
-        hidden = hidden + attn.o_proj(mixed.transpose(1, 2).reshape(batch, length, sizes.heads * sizes.head_dim))
-        hidden = hidden + layer.mlp(rms_norm(hidden, layer.post_attention_layernorm.weight, epsilon=self.epsilon))
-        return hidden, (query, key), cache
-
-    def _ranking_key(self, length: int, visual_positions: Tensor, importance: Tensor) -> Tensor:
-        """float32 [S]: importance at the visual columns, +inf at text."""
-        text = torch.full((1, length, 1), TEXT_KEY, dtype=torch.float32, device=importance.device)
-        return _put_rows(text, visual_positions, importance[:, None]).reshape(length)
-
-    def rank(self, layer: int, hidden: Tensor, ranking: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """What the stage before ``layer`` ranks by: float32 [S], +inf at text; (1 − β) s + β g, g the attention of the last token.
-
-        Args:
-            hidden: T [1, S, H]; ranking: float32 [S], the importance carried (s); query, key: [1, heads, S, head_dim] of the layer just computed.
-        """
-        weight = self.schedule.guidance_weight
-        if weight == 0:
-            return ranking
-        guide = last_token_attention(query[0, :, -1], key[0], ranking < TEXT_KEY, scale=self.shape.head_dim**-0.5)
-        return (1 - weight) * ranking + weight * guide if weight < 1 else torch.where(ranking < TEXT_KEY, guide, ranking)
-
-    def _rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, head_dim/2]; each frequency turns with the axis that its M-RoPE section names."""
-        half = self.shape.head_dim // 2
-        number = torch.arange(half, device=like.device)
-        temporal, height, _ = self.sections
-        axis = (number >= temporal).long() + (number >= temporal + height).long()
-        steps = number.float() / half
-        angles = position_ids[axis].permute(1, 2, 0).float() * self.theta**-steps  # [B, S, head_dim/2]
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
-def _causal_mask(bias: Tensor, past_length: Tensor, length: int) -> Tensor:
-    """What is added to attention scores of the last ``length`` tokens: T [B, 1, length, capacity], −∞ at what comes after a token.
-
-    bias: T [B, 1, capacity, 1]; past_length: int64 [B], tokens before these. Engines take a mask or their own causality, not both.
-    """
-    entry = torch.arange(bias.shape[2], device=bias.device)
-    last_seen = past_length[:, None] + torch.arange(length, device=bias.device)  # [B, length]
-    return torch.where(entry <= last_seen[:, None, :, None], bias.transpose(2, 3), float("-inf"))
-
-
-def _put_rows(rows: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-    """Replace rows of a batch of one: [B, S, C] with values [V, C] at columns [V]; V = 0 leaves any batch as it is."""
-    batch, length, width = rows.shape
-    flat = rows.reshape(batch * length, width)
-    return flat.index_put((positions,), values.to(rows.dtype)).reshape(batch, length, width)
