@@ -67,14 +67,8 @@ def test_keeps_never_grow_into_the_one_stage(keeps: list[int], in_tower: int, fi
 
 
 def test_what_a_first_stage_merges_is_still_merged_and_guidance_is_off() -> None:
-    schedule = Schedule(
-        (Stage("tower", 2, 700, 3.0), Stage("decoder", 0, 600, 2.5), Stage("decoder", 4, 100)),
-        Importance(1.3, 0.2),
-        "sum",
-        0.4,
-        renumber_first_stage=True,
-        model="model",
-    )
+    stages = (Stage("tower", 2, 700, 3.0), Stage("decoder", 0, 600, 2.5), Stage("decoder", 4, 100))
+    schedule = Schedule(stages, Importance(1.3, 0.2), "sum", 0.4, renumber_first_stage=True, model="model")
     after = schedule_for_tensorrt_llm(schedule, LAYERS)
     assert after.stages == (Stage("tower", 2, 700, 3.0), Stage("decoder", 0, (4 * 600 + 3 * 100) // 7, 2.5))
     assert (after.recycled_importance, after.guidance_weight, after.renumber_first_stage, after.model) == ("sum", 0.0, True, "model")
