@@ -42,6 +42,7 @@ ABLATIONS: dict[str, Mapping[str, float | str]] = {
     "without entropy (α = 0)": {"entropy_weight": 0.5},
     "without calibration (t = 0)": {"global_threshold": 0.0},
     "without recycling": {"recycle": 0.0},
+    "without proportional attention (γ = 0)": {"proportional_attention": 0.0},
     "recycled, carry their own importance": {"recycle": 1.0, "recycled_importance": "own"},
     "recycled, carry the sum": {"recycle": 1.0, "recycled_importance": "sum"},
     "recycled, protected": {"recycle": 1.0, "recycled_importance": "protected"},
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1080)
     parser.add_argument("--side", type=int, default=448)
     parser.add_argument("--parts", nargs="+", choices=["keep", "flops", "ablations", "tables"], default=["keep", "flops", "ablations", "tables"])
+    parser.add_argument("--methods", nargs="+", help="measure only these again, in a keep.json that is there: after their schedules have changed")
     parser.add_argument("--shard", type=int, default=0, help="answer every n-th question only, from this one on")
     parser.add_argument("--shards", type=int, default=1, help="n: so many processes share the questions")
     parser.add_argument("--trials", type=int, default=60, help="of each search in flops and ablations")
@@ -76,6 +78,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     makers: dict[str, Callable[[], list[Row]]] = {"keep": bench.by_keep, "flops": bench.by_flops, "ablations": bench.ablations}
+    if args.methods:
+        bench.measure_again(args.output / "keep.json", args.methods)
     for part, make in makers.items():
         path = args.output / (f"{part}.json" if args.shards == 1 else f"{part}-{args.shard}-of-{args.shards}.json")
         if part in args.parts and not path.exists():
@@ -106,6 +110,19 @@ class Bench:
         setup = {"model": self.args.model, "samples": len(self.questions), "side": self.args.side}
         setup |= {"machine": f"{platform.machine()}, CPU", "torch": torch.__version__}
         return {"setup": setup, "results": [{"target": target, **result.to_dict()} for (target, _), result in zip(rows, results, strict=True)]}
+
+    def measure_again(self, path: Path, methods: Sequence[str]) -> None:
+        """Replace the rows of some methods in the document of the part ``keep``."""
+        document = json.loads(path.read_text())
+        if document["setup"]["samples"] != len(self.questions):
+            raise SystemExit(f"{path} has {document['setup']['samples']} questions; give --samples so many")
+        rows = self.by_keep()
+        chosen = [number for number, (_, candidate) in enumerate(rows) if candidate.name in methods]
+        for number, result in zip(chosen, self.measure([rows[number] for number in chosen])["results"], strict=True):
+            old = document["results"][number]
+            assert (old["name"], old["target"]) == (result["name"], result["target"])
+            document["results"][number] = result
+        path.write_text(json.dumps(document, indent=1) + "\n")
 
     def by_keep(self) -> list[Row]:
         """Every method at every average keep."""

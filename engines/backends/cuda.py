@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError
 
-__all__ = ["Buffer", "Device", "gpu_capability"]
+__all__ = ["Buffer", "Device", "Recording", "gpu_capability"]
 
 LEAST_BYTES = 256  # of a buffer: tensors without elements need an address as well
 CUDA_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -78,6 +80,10 @@ class Device:
     def copy_kind(self, name: str) -> Any:
         return getattr(self._runtime.cudaMemcpyKind, name)
 
+    def capture_mode(self) -> Any:
+        """What this thread must not do while it records; others may."""
+        return self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+
     def _driver_advice(self) -> str:
         (error, driver), (_, wanted) = self._runtime.cudaDriverGetVersion(), self._runtime.cudaRuntimeGetVersion()
         if int(error) or not driver:
@@ -120,6 +126,34 @@ class Buffer:
 
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         self.device.call("cudaMemcpyAsync", target, source, size, self.device.copy_kind(kind), self.device.stream)
+
+
+class Recording:
+    """What some work puts on the stream, recorded once and launched by one call (a CUDA graph): the same kernels on the same addresses.
+
+    Args:
+        work: is called once, and nothing of it is carried out.
+
+    Raises:
+        EngineError: it cannot be recorded; or what ``work`` raises.
+    """
+
+    def __init__(self, device: Device, work: Callable[[], None]) -> None:
+        self._device = device
+        device.call("cudaStreamBeginCapture", device.stream, device.capture_mode())
+        try:
+            work()
+        except BaseException:
+            with suppress(EngineError):  # the stream must leave the mode; what went wrong is known
+                device.call("cudaStreamEndCapture", device.stream)
+            raise
+        graph = device.call("cudaStreamEndCapture", device.stream)
+        self._executable = device.call("cudaGraphInstantiate", graph, 0)
+        device.call("cudaGraphDestroy", graph)
+
+    def launch(self) -> None:
+        """Put it on the stream."""
+        self._device.call("cudaGraphLaunch", self._executable, self._device.stream)
 
 
 def _import_runtime() -> Any:

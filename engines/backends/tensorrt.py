@@ -3,6 +3,9 @@
 Buffers are allocated once: the KV caches at their capacity, bound as input and as output; inputs and outputs at their largest. Prefill and decode are
 one engine with a context for each profile; all contexts share one scratch buffer, since they run one after another.
 
+A decoding step is some hundreds of small kernels of the same sizes each time, and starting them one by one takes longer than they do. So it is
+recorded as a CUDA graph and launched whole. TensorRT for RTX does that by itself, once it has compiled kernels for these sizes.
+
 **Not run anywhere yet**: written from the documentation of TensorRT, on a machine without a GPU. Tests run it on stand-ins for library and driver,
 which shows what is called in which order, and what is said when something is missing.
 """
@@ -21,7 +24,7 @@ from ..errors import EngineError
 from ..graphs import RUNTIMES, BuiltEngine, Target, TensorInfo
 from ..manifest import Engine
 from .base import EmbeddedImage
-from .cuda import Buffer, Device
+from .cuda import Buffer, Device, Recording
 
 __all__ = ["TensorRTBackend"]
 
@@ -30,6 +33,7 @@ DTYPES: dict[str, Any] = {
     "float16": np.float16, "bfloat16": np.uint16, "float": np.float32, "float32": np.float32, "int64": np.int64, "int32": np.int32,
 }  # fmt: skip
 PAST, PRESENT = "past_key_values.", "present."
+DECODE = "decode"  # the profile whose runs are recorded
 
 
 class TensorRTBackend:
@@ -52,6 +56,7 @@ class TensorRTBackend:
         self._trt = library or _import_library(target)
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if engine.precision == "fp16" else np.float32
         self.slots = 1  # the profiles are built for one request
+        self.records_itself = target == "tensorrt-rtx"
         self._logger, self._errors = _logger(self._trt)
         loader = self._trt.Runtime(self._logger)
         self._scratch: Buffer | None = None
@@ -134,6 +139,7 @@ class _Loaded:
             raise EngineError(f"{self.path}: {library}, cannot load it ({backend.first_error()}); build the engine again")
         self._check_interface()
         self._contexts: dict[int, Any] = {}
+        self._recordings: dict[tuple[int, ...], tuple[Recording, dict[str, tuple[int, ...]]]] = {}  # with the shapes of what comes out
         self.buffers: dict[str, Buffer] = {}
         for name, tensor in self.tensors.items():  # inputs come first, and a cache's output is its input
             shared = name.replace(PRESENT, PAST, 1) if name.startswith(PRESENT) else None
@@ -154,25 +160,51 @@ class _Loaded:
         if place is None:
             asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise EngineError(f"{self.path.name} has no profile for {asked}; ask for less, or build with larger limits")
-        context = self._context(place)
         kept = []  # arrays must outlive the copies
         for tensor in self.built.inputs:
             if not tensor.name.startswith(PAST):
                 kept.append(_to_device(feed[tensor.name], tensor.dtype))
                 self.buffers[tensor.name].write(kept[-1])
+        recorded = self._recordings.get(self._recording_key(place, sizes))
+        if recorded is not None:
+            recorded[0].launch()
+            return self._read(recorded[1])
+        context = self._context(place)
+        for tensor in self.built.inputs:
             self._set_shape(context, tensor, sizes)
         scratch = self.backend.scratch(context.update_device_memory_size_for_shapes())
         context.set_device_memory(scratch.address, scratch.size)
+        self._enqueue(context)
+        shapes = {name: tuple(context.get_tensor_shape(name)) for name in wanted}
+        outputs = self._read(shapes)
+        if self.built.profiles[place].name == DECODE and not self.backend.records_itself:  # it must have run once, and to its end
+            self._recordings[self._recording_key(place, sizes)] = Recording(self.backend.device, lambda: self._enqueue(context)), shapes
+        return outputs
+
+    def _recording_key(self, place: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """What a recording holds for: also where the scratch buffer lies, which moves when it grows."""
+        return place, self.backend.scratch(0).address, *sizes.values()
+
+    def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(int(self.backend.device.stream)):
             raise EngineError(f"{self.path.name} failed ({self.backend.first_error()}); try a smaller request")
-        shapes = {name: tuple(context.get_tensor_shape(name)) for name in wanted}
+
+    def _read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
+        """Outputs of these shapes. Synchronizes."""
         arrays = {name: self.buffers[name].read(shape, DTYPES[self.tensors[name].dtype]) for name, shape in shapes.items()}
         return {name: _from_bfloat16(array) if self.tensors[name].dtype == "bfloat16" else array for name, array in arrays.items()}
 
     def _context(self, place: int) -> Any:
         """The context of a profile, made when it is first needed; its tensors' addresses never change."""
         if place not in self._contexts:
-            context = self._engine.create_execution_context(self.backend._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            trt = self.backend._trt
+            how = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            if self.backend.records_itself and self.built.profiles[place].name == DECODE:
+                settings = self._engine.create_runtime_config()
+                settings.set_execution_context_allocation_strategy(how)
+                settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+                how = settings
+            context = self._engine.create_execution_context(how)
             if context is None or not context.set_optimization_profile_async(place, int(self.backend.device.stream)):
                 raise EngineError(f"{self.path.name}: no context for profile {self.built.profiles[place].name} ({self.backend.first_error()})")
             for name, buffer in self.buffers.items():

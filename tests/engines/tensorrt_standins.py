@@ -26,11 +26,14 @@ class FakeCuda:
 
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1)  # noqa: N815
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
     def __init__(self, *, capability: str = "8.9", devices: int = 1, driver: int = 13000, room: int = 1 << 30) -> None:
         self.capability, self.devices, self.driver, self.room = capability, devices, driver, room
         self.memory: dict[int, Any] = {}
         self.calls: list[str] = []
+        self.recording: list[Callable[[], Any]] | None = None  # what a stream that is recorded was given
+        self.launches = 0
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if not name.startswith("cuda"):
@@ -67,26 +70,55 @@ class FakeCuda:
         del self.memory[address]
         return (Status.cudaSuccess,)
 
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> Any:  # noqa: N802
+        assert stream == 77 and mode == 1 and self.recording is None
+        self.recording = []
+        return (Status.cudaSuccess,)
+
+    def cudaStreamEndCapture(self, stream: int) -> Any:  # noqa: N802
+        graph, self.recording = self.recording, None
+        return Status.cudaSuccess, graph
+
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:  # noqa: N802
+        return Status.cudaSuccess, list(graph)
+
+    def cudaGraphLaunch(self, graph: Any, stream: int) -> Any:  # noqa: N802
+        assert stream == 77
+        self.launches += 1
+        for work in graph:
+            work()
+        return (Status.cudaSuccess,)
+
     def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> Any:  # noqa: N802
         ctypes.memset(address, value, size)
         return (Status.cudaSuccess,)
 
+    def cudaStreamSynchronize(self, stream: int) -> Any:  # noqa: N802
+        assert self.recording is None  # CUDA refuses it then
+        return (Status.cudaSuccess,)
+
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> Any:  # noqa: N802
+        assert self.recording is None  # nobody means to record a copy
         ctypes.memmove(target, source, size)
         return (Status.cudaSuccess,)
 
 
 class FakeTensorRT:
-    """``tensorrt_rtx`` whose engines are ONNX files that ONNX Runtime runs, on the memory that their contexts are given."""
+    """``tensorrt_rtx`` (or ``tensorrt``) whose engines are ONNX files that ONNX Runtime runs, on the memory that their contexts are given.
+
+    ``cuda`` is given where runs may be recorded.
+    """
 
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
     __name__ = "tensorrt_rtx"
     __version__ = "1.7"
 
     class ILogger:
         ERROR = 1
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], cuda: FakeCuda | None = None) -> None:
+        self.cuda = cuda
         self.files = {file.read_bytes(): file for file in files}
         self.contexts: list[FakeContext] = []
         self.refused = self.failing = self.incomplete = False
@@ -115,10 +147,21 @@ class FakeEngine:
     def get_tensor_name(self, number: int) -> str:
         return self.names[number]
 
-    def create_execution_context(self, strategy: str) -> FakeContext:
-        assert strategy == "user managed"
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        return FakeRuntimeConfig()
+
+    def create_execution_context(self, how: str | FakeRuntimeConfig) -> FakeContext:
+        assert (how if isinstance(how, str) else how.strategy) == "user managed"
         self.library.contexts.append(FakeContext(self))
+        self.library.contexts[-1].records_itself = not isinstance(how, str) and how.cuda_graph_strategy == "whole graph"
         return self.library.contexts[-1]
+
+
+class FakeRuntimeConfig:
+    strategy = cuda_graph_strategy = ""
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
 
 
 class FakeContext:
@@ -126,7 +169,7 @@ class FakeContext:
         self.engine = engine
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.profile, self.scratch, self.runs = -1, (0, 0), 0
+        self.profile, self.scratch, self.runs, self.records_itself = -1, (0, 0), 0, False
 
     def set_optimization_profile_async(self, place: int, stream: int) -> bool:
         self.profile = place
@@ -150,6 +193,20 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 77 and self.scratch[1] >= self.update_device_memory_size_for_shapes()
+        cuda = self.engine.library.cuda
+        if cuda is not None and cuda.recording is not None:
+            assert self.runs  # the library must have run once with these shapes
+            scratch, shapes = self.scratch, dict(self.shapes)
+            cuda.recording.append(lambda: self._replay(cuda, scratch, shapes))
+            return True
+        return self._run()
+
+    def _replay(self, cuda: FakeCuda, scratch: tuple[int, int], shapes: dict[str, tuple[int, ...]]) -> bool:
+        assert scratch[0] in cuda.memory, "recorded with scratch memory that has been given back"
+        self.shapes = dict(shapes)
+        return self._run()
+
+    def _run(self) -> bool:
         self.runs += 1
         if self.engine.library.failing:
             self.engine.logger.log(1, "Cuda Runtime (an illegal memory access)")

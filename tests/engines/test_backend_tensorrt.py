@@ -17,6 +17,7 @@ from support import picture
 from tensorrt_standins import FakeCuda, FakeTensorRT
 from vflow.engines import EngineError, SamplingParams, Session
 from vflow.engines.backends import tensorrt as tensorrt_module
+from vflow.engines.backends.cuda import Device, Recording
 from vflow.engines.backends.onnxruntime import OnnxRuntimeBackend
 from vflow.engines.backends.tensorrt import TensorRTBackend
 from vflow.engines.graphs import BuiltEngine, Graph, Profile, Target
@@ -78,6 +79,7 @@ def test_prefill_and_decode_have_a_context_each_and_no_buffer_moves(engine: Engi
     square, prefill, decode = library.contexts
     assert [context.profile for context in (square, prefill, decode)] == [0, 0, 1]
     assert (prefill.runs, decode.runs) == (1, 3)
+    assert [context.records_itself for context in (square, prefill, decode)] == [False, False, True] and cuda.launches == 0
     assert prefill.addresses == decode.addresses
     for name, address in prefill.addresses.items():
         if name.startswith("present."):
@@ -87,6 +89,51 @@ def test_prefill_and_decode_have_a_context_each_and_no_buffer_moves(engine: Engi
     request()
     assert cuda.calls == before  # nothing is allocated for a second request
     assert prefill.addresses == addresses and len(library.contexts) == 3
+
+
+def test_tensorrt_records_a_decoding_step_once_and_launches_it_from_then_on(engine: Engine, library: FakeTensorRT) -> None:
+    """Against a backend that runs every step."""
+    cuda, files = FakeCuda(), [engine.path / engine.vision.file, engine.path / engine.language.file]
+    recorded = dataclasses.replace(engine, targets={"tensorrt": dataclasses.replace(engine.targets["tensorrt-rtx"], name="tensorrt")})
+    recording = FakeTensorRT(files, cuda)
+    ours = Session(recorded, backend=TensorRTBackend(recorded, target="tensorrt", library=recording, runtime=cuda))
+    theirs = Session(engine, backend=TensorRTBackend(engine, target="tensorrt-rtx", library=library, runtime=FakeCuda()))
+
+    def check(rows: int) -> None:
+        prepared = theirs.prepare(PROMPT, [picture(rows, 5)])
+        np.testing.assert_array_equal(ours.prefill(prepared).logits, theirs.prefill(prepared).logits)
+        for token in (9, 10, 11, 12):
+            np.testing.assert_array_equal(ours.decode(token).logits, theirs.decode(token).logits)
+        np.testing.assert_array_equal(ours.extend([9, 10]).logits, theirs.extend([9, 10]).logits)  # of the same profile, and another size
+
+    check(2)
+    assert cuda.launches == 3  # the first step ran by itself
+    check(2)
+    assert cuda.launches == 3 + 4 + 1
+    check(6)  # a longer prompt needs more scratch memory, so what was recorded is of no use
+    assert cuda.launches == 8 + 3
+    assert not any(context.records_itself for context in recording.contexts)
+
+
+def test_a_step_that_cannot_be_recorded_leaves_the_stream_usable() -> None:
+    cuda = FakeCuda()
+    device = Device(cuda)
+    with pytest.raises(EngineError, match=r"^no$"):
+        Recording(device, lambda: (_ for _ in ()).throw(EngineError("no")))
+    assert cuda.recording is None
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("ICudaEngine", "create_runtime_config"),
+        ("IRuntimeConfig", "cuda_graph_strategy"),
+        ("IRuntimeConfig", "set_execution_context_allocation_strategy"),
+        ("CudaGraphStrategy", "WHOLE_GRAPH_CAPTURE"),
+    ],
+)
+def test_what_the_stand_in_has_the_library_has(owner: str, name: str) -> None:
+    assert hasattr(getattr(pytest.importorskip("tensorrt_rtx"), owner), name)
 
 
 def test_tall_and_wide_images_take_their_own_profiles(engine: Engine, library: FakeTensorRT) -> None:
