@@ -130,6 +130,8 @@ def _merge_flops(schedule: Schedule, stage: Stage, shape: ModelShape, tokens: in
     earlier = schedule.stages[: schedule.stages.index(stage)]
     alive = keep_count(tokens, earlier[-1].keep if earlier else KEEP_UNIT)
     width = shape.tower.group * shape.tower.embed_dim if stage.part == "tower" else shape.decoder.hidden_size
+    if schedule.proportional_attention and any(before.recycle is not None for before in earlier):
+        width += 1  # how many tokens each stands for is summed like a feature
     return 2 * keep_count(tokens, stage.keep) * alive * width
 
 

@@ -56,8 +56,8 @@ class TritonPythonModel(Sound):
         def faulty_vision(pixels, *rest):
             if pixels.shape[:2] == (8, 8):
                 raise RuntimeError("the vision graph is out of memory")
-            embeds, *others = vision(pixels, *rest)
-            return (np.full_like(embeds, np.nan) if pixels.shape[:2] == (1, 7) else embeds, *others)
+            image = vision(pixels, *rest)
+            return image._replace(visual_embeds=np.full_like(image.visual_embeds, np.nan)) if pixels.shape[:2] == (1, 7) else image
 
         def faulty_language(**feed):
             if feed["budget"] == 49:

@@ -23,7 +23,7 @@ ROWS, COLUMNS = 5, 6
 def products(path: Path, values: dict[str, Any], *, causal: bool) -> int:
     """Multiply-adds of every matrix product and attention in a graph that runs on these inputs, times two; function bodies included."""
     model = inline_local_functions(onnx.load(path))
-    inputs = {value.name: values[value.name] for value in model.graph.input}
+    inputs = {value.name: values[value.name] for value in model.graph.input}  # what a graph has no use for is left out
     counted = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Attention")]
     wanted = {name for node in counted for name in node.input[:3] if name}
     known = {value.name for value in model.graph.input} | {value.name for value in model.graph.initializer} | {o.name for o in model.graph.output}
@@ -68,6 +68,7 @@ def inputs(session: Session) -> tuple[dict[str, Any], dict[str, Any], int]:
         "visual_embeds": prepared.visual_embeds,
         "visual_positions": prepared.visual_positions,
         "importance": prepared.importance,
+        "key_bias": prepared.key_bias,
         "budget_tokens": budget,
         "past_lengths": np.zeros((1, len(engine.segments)), np.int64),
     }
@@ -75,6 +76,8 @@ def inputs(session: Session) -> tuple[dict[str, Any], dict[str, Any], int]:
     for layer, capacity in enumerate(capacities):
         for part in ("key", "value"):
             language[f"past_key_values.{layer}.{part}"] = np.zeros((1, decoder.kv_heads, capacity, decoder.head_dim), np.float32)
+    for number, segment in enumerate(engine.segments):
+        language[f"past_key_values.bias.{number}"] = np.zeros((1, 1, segment.capacity, 1), np.float32)
     return vision, language, prepared.input_ids.size - prepared.visual_positions.size
 
 
@@ -93,5 +96,6 @@ def test_the_visual_kv_bytes_of_an_engine_are_the_arithmetic_s(build: Callable[.
     session = Session(engine)
     decoder, text = engine.shape.decoder, engine.limits.max_text_tokens
     text_bytes = decoder.layers * text * 2 * decoder.kv_heads * decoder.head_dim * 4
+    text_bytes += len(engine.segments) * text * 4 if engine.schedule.proportional_attention else 0  # what is added to attention scores
     expected = kv_bytes(engine.schedule, engine.shape, tokens=MAX_VISUAL_TOKENS, bytes_per_value=4)
     assert session.backend.cache_bytes - text_bytes == expected

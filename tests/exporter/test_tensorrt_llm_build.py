@@ -113,7 +113,7 @@ def test_what_it_leaves_is_the_script(built: tuple[Engine, Result]) -> None:
 
 
 def test_without_the_target_a_schedule_stays_as_it_is(tmp_path: Path) -> None:
-    assert call("build", "--model", "tiny", "--keep", 0.1, "--output", tmp_path / "engine").exit_code == 0
+    assert call("build", "--model", "tiny", "--keep", 0.1, "--preset", "progressive", "--output", tmp_path / "engine").exit_code == 0
     engine = open_engine(tmp_path / "engine")
     assert engine.schedule.later_stages and SCRIPT_FILE not in engine.files
 
