@@ -1,8 +1,8 @@
-"""Monte Carlo arithmetic in PyTorch: what float32 loses on an input, seen in evaluations that differ in how each operation rounds.
+"""Monte Carlo arithmetic in PyTorch: what a precision loses on an input, seen in evaluations that differ in how each operation rounds.
 
-The operands and the result of each operation are multiplied by 1 + u · 2⁻²⁴, u uniform in [−1, 1]: at most half a unit in the last place, no more
-than rounding does. Operands count because a sum rounds each of its terms. A runtime that sums in another order or fuses other operations is one
-more such evaluation. (D. Stott Parker, Monte Carlo Arithmetic, 1997; CESTAC, J. Vignes, 1993, is the same thought.)
+The operands and the result of each operation are multiplied by 1 + u · 2⁻²⁴ (float16: 2⁻¹¹), u uniform in [−1, 1]: at most half a unit in the last
+place, no more than rounding does. Operands count because a sum rounds each of its terms. A runtime that sums in another order or fuses other
+operations is one more such evaluation. (D. Stott Parker, Monte Carlo Arithmetic, 1997; CESTAC, J. Vignes, 1993, is the same thought.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["RandomRounding"]
 
-HALF_ULP = 2.0**-24  # of float32, relative
+HALF_ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}  # relative
 EXACT = {"where", "clone", "copy_", "neg", "clamp"}  # element by element, and nothing is rounded
 SUMS = {
     "linear",
@@ -34,8 +34,8 @@ SUMS = {
 
 
 class RandomRounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has not typed it
-    """Within it float32 operations round at random; the same seed rounds the same way. The project's own operators, which score and choose tokens,
-    are left as they are, and so is what moves values or changes them in place."""
+    """Within it float32 and float16 operations round at random; the same seed rounds the same way. The project's own operators, which score and
+    choose tokens, are left as they are, and so is what moves values or changes them in place."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -49,7 +49,9 @@ class RandomRounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyT
         return self._inexact(func(*map(self._inexact, args), **(kwargs or {})))
 
     def _inexact(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+        if not isinstance(value, torch.Tensor) or value.dtype not in HALF_ULP:
             return value
-        noise = torch.rand(value.shape, generator=self._generator).mul_(2 * HALF_ULP).sub_(HALF_ULP)
-        return torch.addcmul(value, value, noise)
+        half = HALF_ULP[value.dtype]
+        noise = torch.rand(value.shape, generator=self._generator).mul_(2 * half).sub_(half)
+        wide = value.float()
+        return torch.where(value.isfinite(), torch.addcmul(wide, wide, noise).to(value.dtype), value)  # a mask's −∞ is not rounded

@@ -20,7 +20,21 @@ def product(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 def test_a_result_is_off_by_a_few_roundings() -> None:
     rounded, plain = product(1)
     relative = ((rounded - plain) / plain).abs().max()
-    assert 0 < relative <= 8 * HALF_ULP  # positive terms: nothing cancels
+    assert 0 < relative <= 8 * HALF_ULP[torch.float32]  # positive terms: nothing cancels
+
+
+def test_half_precision_is_off_by_as_many_of_its_own() -> None:
+    rounded, plain = product(1, torch.float16)
+    relative = ((rounded - plain).float() / plain.float()).abs().max()
+    assert HALF_ULP[torch.float32] * 100 < relative <= 8 * HALF_ULP[torch.float16]
+
+
+def test_a_mask_stays_a_mask() -> None:
+    """−∞ times a random factor is NaN, and a run that is NaN would count for nothing."""
+    x, mask = torch.rand(1, 1, 4, 8), torch.full((1, 1, 4, 4), float("-inf")).triu(1)
+    with torch.inference_mode(), RandomRounding(1):
+        mixed = F.scaled_dot_product_attention(x, x, x, mask)
+    assert mixed.isfinite().all() and not torch.equal(mixed, F.scaled_dot_product_attention(x, x, x, mask))
 
 
 def test_a_seed_rounds_the_same_way_again() -> None:

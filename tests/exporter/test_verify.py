@@ -79,7 +79,7 @@ def test_a_norm_with_another_epsilon_fails(engine: Engine, tmp_path: Path, findi
     ],
 )
 def test_each_input_is_allowed_its_own_rounding(differences: list[float], roundings: list[float], passed: bool, worst: int) -> None:
-    finding = verify._rounding_finding("b", QUANTITY, differences, roundings)
+    finding = verify._rounding_finding("b", QUANTITY, "fp32", differences, [FP32_LOGITS] * len(differences), roundings)
     assert finding.passed is passed
     assert finding.worst == pytest.approx(differences[worst], nan_ok=True)
     assert finding.tolerance == max(FP32_LOGITS, roundings[worst])
