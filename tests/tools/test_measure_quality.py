@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,3 +51,21 @@ def test_a_budget_that_a_method_cannot_meet_is_a_dash(tool: Any) -> None:
     assert lines[0] == "| | 0.2 | 0.1 |"
     assert lines[3].startswith("| a | 0.900 (") and "| 0.800 (" in lines[3]
     assert lines[4].startswith("| b | 0.500 (") and lines[4].endswith("| — |")
+
+
+def test_only_the_rows_asked_for_are_measured_again(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, names = tmp_path / "keep.json", ["unpruned", "a", "tuned", "b", "tuned"]
+    rows = [(number / 10, SimpleNamespace(name=name)) for number, name in enumerate(names)]
+    results = [result(candidate.name, 1, 4, target=target) for target, candidate in rows]
+    document = {"setup": {"samples": 4, "side": 448}, "results": results}
+    path.write_text(json.dumps(document))
+    bench = tool.Bench.__new__(tool.Bench)
+    bench.questions = [None] * 4
+    monkeypatch.setattr(bench, "by_keep", lambda: rows, raising=False)
+    monkeypatch.setattr(bench, "measure", lambda chosen: {"results": [result(c.name, 3, 4, target=t) for t, c in chosen]}, raising=False)
+    bench.measure_again(path, ["tuned"])
+    after = json.loads(path.read_text())
+    assert [row["total"]["accuracy"] for row in after["results"]] == [0.25, 0.25, 0.75, 0.25, 0.75]
+    bench.questions = [None] * 5
+    with pytest.raises(SystemExit, match="has 4 questions; give --samples so many"):
+        bench.measure_again(path, ["tuned"])
