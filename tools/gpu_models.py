@@ -24,7 +24,7 @@ from vflow.exporter.build import BuildOptions, build_engine
 from vflow.exporter.checkpoint import Checkpoint, open_checkpoint
 from vflow.exporter.models.qwen2_vl import model_shape
 from vflow.exporter.presets import preset_schedule
-from vflow.exporter.schedule import Schedule, unpruned_schedule
+from vflow.exporter.schedule import KEEP_UNIT, Schedule, Stage, unpruned_schedule
 from vflow.exporter.tensorrt.library import MODULES
 from vflow.exporter.verify import generated_inputs
 from vflow.exporter.verify_target import verify_target
@@ -81,7 +81,9 @@ def large_model(shape: str, folder: Path, device: str) -> Checkpoint:
 def schedules(checkpoint: Checkpoint) -> dict[str, Schedule]:
     """Unpruned first, then what drops nine tokens in ten."""
     shape = model_shape(checkpoint.config)
-    return {"unpruned": unpruned_schedule(), **{name: preset_schedule(name, shape, KEEP, fingerprint=checkpoint.fingerprint) for name in PRESETS}}
+    presets = {name: preset_schedule(name, shape, KEEP, fingerprint=checkpoint.fingerprint) for name in PRESETS}
+    merged = Schedule((Stage("decoder", 0, int(KEEP * KEEP_UNIT), 4.0),), proportional_attention=2.0)  # attention with a mask instead of causality
+    return {"unpruned": unpruned_schedule(), **presets, "merged": merged}
 
 
 def check_model(checkpoint: Checkpoint, schedule: Schedule, runtime: Runtime, folder: Path) -> dict[str, Any]:
