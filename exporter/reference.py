@@ -7,7 +7,7 @@ graphs: what tuning and the comparison of methods evaluate.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,17 @@ class TorchBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV caches."""
-        return sum(key.nbytes + value.nbytes for key, value in self._caches)
+        return sum(cache.nbytes for cache in self._buffers())
 
     def clear_caches(self, slot: int | None = None) -> None:
         """Overwrite the caches with zeros."""
-        for cache in (*self._biases, *(part for pair in self._caches for part in pair)):
+        for cache in self._buffers():
             cache.zero_()
+
+    def _buffers(self) -> Iterator[Tensor]:
+        yield from self._biases
+        for pair in self._caches:
+            yield from pair
 
     @torch.inference_mode()
     def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:

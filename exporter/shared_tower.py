@@ -73,7 +73,8 @@ class SharedTower:
     def embed(self, graph: VisionGraph, walked: WalkedTower) -> Embedded:
         """visual_embeds, importance and index of a picture under ``graph``'s schedule."""
         schedule = graph.schedule
-        key = (type(graph), schedule.tower_stages, frozenset(graph.scoring_blocks), schedule.importance)
+        counts = bool(schedule.proportional_attention)  # how many tokens each stands for
+        key = (type(graph), schedule.tower_stages, frozenset(graph.scoring_blocks), schedule.importance, counts)
         if walked.finals is not None and key in walked.finals:
             state, visual_embeds = walked.finals[key]
         else:

@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import onnx_ir as ir
@@ -25,18 +26,18 @@ from .models.qwen2_vl import LanguageGraph, VisionGraph
 from .schedule import Schedule
 from .shape import ModelShape
 
-__all__ = ["bias_names", "cache_names", "trace_language", "trace_vision"]
+__all__ = ["trace_language", "trace_vision"]
 
 FUNCTIONS = {f.name: f for module in (importance, compaction, guidance) for f in module.FUNCTIONS}
 AUTO = Dim.AUTO
 
 
-def cache_names(layers: int, prefix: str) -> list[str]:
+def _cache_names(layers: int, prefix: str) -> list[str]:
     """Names of the KV caches, key and value of each layer in turn; ``prefix`` is past_key_values or present."""
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def bias_names(segments: int, prefix: str) -> list[str]:
+def _bias_names(segments: int, prefix: str) -> list[str]:
     """Names of what is added to attention scores of the tokens in each segment's caches; ``prefix`` as above."""
     return [f"{prefix}.bias.{segment}" for segment in range(segments)]
 
@@ -96,8 +97,8 @@ def trace_language(graph: LanguageGraph, shape: ModelShape, schedule: Schedule, 
     cache_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
     arguments["past_key_values"], sizes["past_key_values"] = caches, [(cache_size, cache_size)] * len(caches)
     arguments["past_key_bias"], sizes["past_key_bias"] = biases, [cache_size] * len(biases)
-    past, present = ([*cache_names(decoder.layers, prefix), *bias_names(len(biases), prefix)] for prefix in ("past_key_values", "present"))
-    model = _export(_LanguageEntry(graph), arguments, sizes, ["logits", "last_hidden", *present])
+    past, present = ((_cache_names(decoder.layers, prefix), _bias_names(len(biases), prefix)) for prefix in ("past_key_values", "present"))
+    model = _export(_LanguageEntry(graph), arguments, sizes, ["logits", "last_hidden", *chain(*present)])
     names: dict[str, dict[int, str]] = {
         "input_ids": {0: "batch", 1: "length"},
         "position_ids": {1: "batch", 2: "length"},
@@ -105,11 +106,12 @@ def trace_language(graph: LanguageGraph, shape: ModelShape, schedule: Schedule, 
         "budget_tokens": {0: "budget"},
         **{name: {0: "batch"} for name in ("past_lengths", "logits", "last_hidden")},
     }
-    for value, name in zip(model.graph.inputs[-len(past) :], past, strict=True):
+    inputs = [*chain(*past)]
+    for value, name in zip(model.graph.inputs[-len(inputs) :], inputs, strict=True):
         value.name = name
     for number, (first, end, _) in enumerate(segments):
-        for side in (past, present):
-            for name in (*side[2 * first : 2 * end], *side[2 * decoder.layers + number :][:1]):
+        for cached, added in (past, present):
+            for name in (*cached[2 * first : 2 * end], *added[number : number + 1]):
                 names[name] = {0: "batch", 2: f"capacity_{number}"}
     _name_dimensions(model, names)
     return model

@@ -219,8 +219,10 @@ def _compare(
         ours_logits, theirs_logits = session.prefill(ours).logits, reference.session.prefill(theirs).logits
         differences.append(float(np.abs(ours_logits - theirs_logits).max()))
         tolerances.append(FP32_LOGITS if precision == "fp32" else FP16_LOGITS_RELATIVE * float(np.abs(theirs_logits).max()))
-        asked = eager is not None and differences[-1] > tolerances[-1]
-        roundings.append(_rounding(eager, item if precision == "fp32" else None, theirs, theirs_logits) if eager is not None and asked else 0.0)
+        rounded = 0.0
+        if eager is not None and differences[-1] > tolerances[-1]:
+            rounded = _rounding(eager, item if precision == "fp32" else None, theirs, theirs_logits)
+        roundings.append(rounded)
     if precision == "fp32":
         yield Finding(rung, "survivors that differ, share", 1 - min(shares), 0.0, min(shares) == 1)
         worst = max(ranked, default=0.0)

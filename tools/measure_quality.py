@@ -173,7 +173,8 @@ class Bench:
     def tune(self, space: SearchSpace, name: str) -> Schedule:
         if self._objective is None:
             samples = list(generated_samples(self.args.calibration, BENCH_KINDS, self.args.side, seed=CALIBRATION_SEED))
-            self._objective = FlowObjective(self.checkpoint, samples, blocks=range(2, self.shape.tower.blocks))
+            blocks = self.space(Budget(), tower=True).entry_blocks
+            self._objective = FlowObjective(self.checkpoint, samples, blocks=blocks)
         result = tune_schedule(self._objective, space, fingerprint=self.checkpoint.fingerprint, trials=self.args.trials)
         print(f"{name}: overlap {result.value:.4f}", flush=True)
         return result.schedule

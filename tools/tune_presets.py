@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     checkpoint = open_checkpoint(args.model)
     shape, grid = model_shape(checkpoint.config), args.side // 28
-    blocks = range(2, shape.tower.blocks)
+    blocks = SearchSpace.for_model(shape, Budget(), tower=True).entry_blocks
     samples = list(generated_samples(args.samples + args.judges, BENCH_KINDS, args.side, seed=CALIBRATION_SEED))
     judges = samples[args.samples :]
     objective = FlowObjective(checkpoint, samples[: args.samples], blocks=blocks)

@@ -114,14 +114,16 @@ class OnnxRuntimeBackend(OnnxRuntimeVision):
     def __init__(self, engine: Engine, *, slots: int = 1, provider: str | None = None, threads: int | None = None, standard: bool = False) -> None:
         if slots < 1:
             raise EngineError(f"slots must be at least 1, got {slots}")
-        biases = {BIAS_INPUT.format(segment=number) for number in range(len(engine.segments))} if engine.schedule.proportional_attention else set()
-        _check_inputs(engine.language, LANGUAGE_INPUTS | biases | {*_cache_names(0, engine.shape.decoder.layers)})
+        sizes = _cache_sizes(engine)
+        _check_inputs(engine.language, LANGUAGE_INPUTS | sizes.keys())
         # With several slots the two graphs run side by side, and a graph's idle threads would spin on the cores that the other one needs.
         super().__init__(engine, provider=provider, threads=threads, standard=standard, spin=slots == 1)
         self.slots = slots
         self._language_inputs = frozenset(engine.language.input_names)
         self._language = self._load(engine, engine.language)
-        self._caches = self._allocate_caches(engine)
+        self._caches = {
+            name: self._runtime.OrtValue.ortvalue_from_numpy(np.zeros((slots, *size), self.dtype), self.provider, 0) for name, size in sizes.items()
+        }
         self._logits = np.zeros((slots, engine.shape.decoder.vocab_size), np.float32)
         self._last_hidden = np.zeros((slots, engine.shape.decoder.hidden_size), self.dtype)
         self._bindings: dict[tuple[int, int], Any] = {}  # by first slot and number of slots, made when first needed
@@ -199,17 +201,6 @@ class OnnxRuntimeBackend(OnnxRuntimeVision):
             raise EngineError(f"language graph failed on {input_ids.shape[1]} tokens: {_first_line(error)}; try a shorter request") from error
         return self._logits[rows].copy(), self._last_hidden[rows].copy()
 
-    def _allocate_caches(self, engine: Engine) -> dict[str, Any]:
-        decoder = engine.shape.decoder
-        caches = {}
-        for number, segment in enumerate(engine.segments):
-            sizes = dict.fromkeys(_cache_names(segment.first_layer, segment.end_layer), (decoder.kv_heads, segment.capacity, decoder.head_dim))
-            if engine.schedule.proportional_attention:
-                sizes[BIAS_INPUT.format(segment=number)] = 1, segment.capacity, 1
-            for name, size in sizes.items():
-                caches[name] = self._runtime.OrtValue.ortvalue_from_numpy(np.zeros((self.slots, *size), self.dtype), self.provider, 0)
-        return caches
-
     def _binding(self, start: int, stop: int) -> Any:
         """What stays between calls for these slots: their rows of the caches, on both sides, and of the buffers of the two results."""
         if (start, stop) not in self._bindings:
@@ -286,8 +277,16 @@ def session_options(runtime: Any, threads: int | None = None) -> Any:
     return options
 
 
-def _cache_names(first_layer: int, end_layer: int) -> list[str]:
-    return [CACHE_INPUT.format(layer=layer, kind=kind) for layer in range(first_layer, end_layer) for kind in CACHE_KINDS]
+def _cache_sizes(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """Every cache by input name, with its sizes for one slot."""
+    decoder, sizes = engine.shape.decoder, dict[str, tuple[int, ...]]()
+    for number, segment in enumerate(engine.segments):
+        for layer in range(segment.first_layer, segment.end_layer):
+            for kind in CACHE_KINDS:
+                sizes[CACHE_INPUT.format(layer=layer, kind=kind)] = decoder.kv_heads, segment.capacity, decoder.head_dim
+        if engine.schedule.proportional_attention:
+            sizes[BIAS_INPUT.format(segment=number)] = 1, segment.capacity, 1
+    return sizes
 
 
 def _check_inputs(graph: Graph, known: frozenset[str]) -> None:

@@ -118,6 +118,11 @@ class TensorRTBackend:
             self._scratch = Buffer(self.device, size)
         return self._scratch
 
+    @property
+    def scratch_address(self) -> int:
+        """Where that memory lies; 0 before any context has needed it."""
+        return self._scratch.address if self._scratch is not None else 0
+
     def first_error(self) -> str:
         """What the library said first since it was last asked."""
         line = self._errors[0].strip().splitlines()[0] if self._errors else "its log says nothing"
@@ -183,7 +188,7 @@ class _Loaded:
 
     def _recording_key(self, place: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """What a recording holds for: also where the scratch buffer lies, which moves when it grows."""
-        return place, self.backend.scratch(0).address, *sizes.values()
+        return place, self.backend.scratch_address, *sizes.values()
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(int(self.backend.device.stream)):

@@ -21,7 +21,7 @@ from vflow.exporter.data import LabelledSample
 from vflow.exporter.evaluate import Candidate, evaluate_candidates, evaluate_session, wilson_interval
 from vflow.exporter.plots import evaluation_plot
 from vflow.exporter.reference import ReferenceModel
-from vflow.exporter.schedule import Schedule, ScheduleError
+from vflow.exporter.schedule import Schedule, ScheduleError, Stage
 
 
 @given(st.integers(1, 500), st.data())
@@ -86,6 +86,14 @@ def test_a_candidate_is_scored_as_the_engine_of_its_schedule(
     assert candidate.agreement.first_token == built.agreement.first_token
     assert candidate.prefill_flops == pytest.approx(built.prefill_flops, rel=1e-9)
     assert candidate.average_keep == pytest.approx(built.average_keep)
+
+
+def test_candidates_that_differ_in_proportional_attention_alone_share_no_tower(reference: ReferenceModel, question: LabelledSample) -> None:
+    """The one counts what its tokens stand for, inside the tower already; the other does not."""
+    plain = Schedule((Stage("tower", 0, 500, 2.0), Stage("decoder", 0, 300)))
+    candidates = [Candidate("plain", UNPRUNED, plain), Candidate("counted", UNPRUNED, replace(plain, proportional_attention=2.0))]
+    (_, together), (alone,) = (evaluate_candidates(reference, some, [question]) for some in (candidates, candidates[1:]))
+    assert together.agreement == alone.agreement
 
 
 def test_a_candidate_answers_as_its_engine_does(
