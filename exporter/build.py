@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 
@@ -22,7 +23,7 @@ from ..engines.manifest import MANIFEST_FORMAT, Engine, Limits
 from ..engines.preprocess import ImageProcessorConfig
 from ..engines.tensorrt_llm import check_schedule
 from ..engines.triton_server.settings import Settings
-from ..plugins.compile import check_target, compile_plugins
+from ..plugins.compile import check_target, compile_plugins, graph_kernels
 from .checkpoint import Checkpoint, CheckpointError
 from .model import check_weights, pruned_graphs, shapes_only
 from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
@@ -107,8 +108,9 @@ def build_engine(
         schedule.save(folder / SCHEDULE_FILE)
         capabilities = _kernel_capabilities(options)
         if capabilities:
+            traced = [onnx.load(folder / file, load_external_data=False) for _, file in graphs]
             compile_plugins(
-                folder / PLUGINS_FOLDER, shape, options.precision, capabilities,
+                folder / PLUGINS_FOLDER, graph_kernels(traced, options.precision), capabilities,
                 progress=lambda done, total: progress("compile kernels", done / total),
             )  # fmt: skip
         limits = Limits(options.max_visual_tokens, options.max_text_tokens)

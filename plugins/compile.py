@@ -1,8 +1,8 @@
 """Ahead of time: kernels in the Triton language → PTX and cubin with their contracts, for any target, without a GPU.
 
-``compile_plugins`` writes a folder ``plugins`` with ``manifest.json`` (a list of contracts) and the files it names. Widths and head counts are
-compiled in, so what is compiled follows from the model's shape; token counts are arguments. Two things are done to the compiler's PTX: the
-arguments for scratch memory that it appends are removed, since no kernel here uses scratch memory and no launcher would pass it; and no
+``compile_plugins`` writes a folder ``plugins`` with ``manifest.json`` (a list of contracts) and the files it names. Widths, head counts and types
+are compiled in, so what is compiled follows from the graphs (``graph_kernels``); token counts are arguments. Two things are done to the compiler's
+PTX: the arguments for scratch memory that it appends are removed, since no kernel here uses scratch memory and no launcher would pass it; and no
 source lines are recorded, so equal sources give equal files on any machine.
 """
 
@@ -14,22 +14,26 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
+
+import onnx
 
 from .contract import ALIGNMENT, PRECISIONS, Contract, ContractError, KernelSpec
+from .node import DOMAIN
 
 __all__ = [
     "FORMAT",
     "MANIFEST_FILE",
     "TARGETS",
     "CompileError",
+    "Kernel",
     "check_target",
     "compile_kernel",
     "compile_plugins",
     "entry_parameters",
-    "model_kernels",
+    "graph_kernels",
     "read_contracts",
 ]
 
@@ -38,6 +42,7 @@ MANIFEST_FILE = "manifest.json"
 # Target → PTX version to write: the lowest that knows it (8.x before Blackwell: drivers of CUDA 12.3 on; then 12.8), not the newest.
 TARGETS = {"8.0": 83, "8.6": 83, "8.7": 83, "8.9": 83, "9.0": 83, "10.0": 86, "12.0": 87}
 MAX_SHARED_BYTES = 48 * 1024  # beyond it a launcher must opt in; TensorRT's does not say that it does
+ELEMENT_TYPES: Mapping[int, str] = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 POINTERS = {"float32": "*fp32", "int64": "*i64", "int32": "*i32", "bool": "*i1"}
 ENTRY = re.compile(r"(\.visible\s+\.entry\s+(\w+)\s*\()([^)]*)\)")
 SCRATCH = ("global_scratch_size", "profile_scratch_size")  # of the compiler's metadata, for the two arguments that it appends
@@ -47,82 +52,80 @@ class CompileError(RuntimeError):
     """A kernel that cannot be compiled as its contract says."""
 
 
-class Tower(Protocol):
-    """What is read of a vision tower's shape."""
+class Kernel(NamedTuple):
+    """A kernel to compile: ``values`` are its static symbols and attributes, ``precision`` is the type of its inputs of dtype T."""
 
-    @property
-    def embed_dim(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def group(self) -> int: ...
+    spec: KernelSpec
+    values: dict[str, Any]
+    precision: str
 
 
-class Decoder(Protocol):
-    """What is read of a decoder's shape."""
+def graph_kernels(models: Iterable[onnx.ModelProto], precision: str) -> list[Kernel]:
+    """The distinct kernels that the ``vflow`` nodes of exported graphs call.
 
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
+    A node's types decide, and not the engine's precision alone: the sizes of merged tokens are merged in float32, one column wide, in any engine.
+    ``precision`` names the kernels of ops without an input of dtype T.
+
+    Raises:
+        CompileError: a node for which there is no kernel, or one whose widths the graph does not tell.
+    """
+    specs = _kernel_specs()
+    found: list[Kernel] = []
+    for model in models:
+        tensors = {value.name: value.type.tensor_type for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
+        for node in (node for node in model.graph.node if node.domain == DOMAIN):
+            if node.op_type not in specs:
+                raise CompileError(f"{node.op_type}: there is no kernel for this op")
+            kernel = _node_kernel(specs[node.op_type], node, tensors, precision)
+            if kernel not in found:
+                found.append(kernel)
+    return found
 
 
-class Shape(Protocol):
-    """A model's shape, as ``exporter/shape.py`` has it."""
+def _node_kernel(spec: KernelSpec, node: onnx.NodeProto, tensors: Mapping[str, onnx.TypeProto.Tensor], precision: str) -> Kernel:
+    arguments = [argument for argument in spec.inputs if not argument.optional]
+    if len(node.input) != len(arguments):
+        raise CompileError(f"{spec.op}: kernels are compiled for {len(arguments)} inputs, a node has {len(node.input)}")
+    values = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    for argument, name in zip(arguments, node.input, strict=True):
+        tensor = tensors.get(name, onnx.TypeProto.Tensor())
+        sizes = [size.dim_value for size in tensor.shape.dim]  # 0 where it is free
+        values |= {symbol: size for symbol, size in zip(argument.shape, sizes, strict=False) if symbol in spec.static and size > 0}
+        if argument.dtype == "T":
+            precision = ELEMENT_TYPES.get(tensor.elem_type, "")
+    unknown = [symbol for symbol in spec.static if symbol not in values] or ["dtype"] * (not precision)
+    if unknown:
+        raise CompileError(f"{spec.op}: the graph does not tell {', '.join(unknown)} of {', '.join(node.input)}")
+    return Kernel(spec, values, precision)
 
-    @property
-    def tower(self) -> Tower: ...
-    @property
-    def decoder(self) -> Decoder: ...
 
+def _kernel_specs() -> dict[str, KernelSpec]:
+    from . import compaction_kernels, guidance_kernels, importance_kernels, selection_kernels
 
-def model_kernels(shape: Shape) -> Iterator[tuple[KernelSpec, dict[str, Any]]]:
-    """Every kernel that a model's graphs can hold, with its static symbols and attributes."""
-    from .compaction import WEIGHT_FLOOR
-    from .compaction_kernels import GATHER_TOKENS, MERGE_TOKENS
-    from .guidance_kernels import LAST_TOKEN_ATTENTION
-    from .importance_kernels import MASKED_COLUMN_MEAN, ROW_LOG_SUM_EXP
-    from .selection_kernels import KEEP_TOP, KEEP_TOP_PER_CELL
-
-    tower, decoder = shape.tower, shape.decoder
-    scoring = {"D": tower.head_dim, "scale": tower.head_dim**-0.5}
-    yield ROW_LOG_SUM_EXP, scoring
-    yield MASKED_COLUMN_MEAN, scoring
-    yield KEEP_TOP, {}
-    yield KEEP_TOP_PER_CELL, {}
-    for width in sorted({tower.group * tower.embed_dim, decoder.hidden_size}):  # stages in the tower, and after the merger
-        yield MERGE_TOKENS, {"F": width, "floor": WEIGHT_FLOOR}
-    yield GATHER_TOKENS, {"C": decoder.hidden_size, "E": decoder.head_dim // 2}
-    heads = {"H": decoder.heads, "KV": decoder.kv_heads}
-    yield LAST_TOKEN_ATTENTION, {**heads, "D": decoder.head_dim, "scale": decoder.head_dim**-0.5}
+    modules = (importance_kernels, selection_kernels, compaction_kernels, guidance_kernels)
+    return {spec.op: spec for module in modules for spec in module.KERNELS}
 
 
 def compile_plugins(
     folder: Path,
-    shape: Shape,
-    precision: str,
+    kernels: Sequence[Kernel],
     targets: Sequence[str] = tuple(TARGETS),
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Contract]:
-    """Compile all kernels of a model into ``folder``.
+    """Compile kernels into ``folder``.
 
     Args:
         folder: made if missing; gets ``manifest.json`` = {"format": 1, "alignment": bytes, "kernels": [contract, …]} and the PTX and cubin files.
-        precision: fp32, fp16 or bf16; targets: compute capabilities out of ``TARGETS``.
+        targets: compute capabilities out of ``TARGETS``.
         progress: called with (kernels compiled, kernels in all).
 
     Raises:
         CompileError: unknown precision or target, the Triton language is missing or refuses a kernel.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kernels = list(model_kernels(shape))
     contracts = []
-    for number, (spec, values) in enumerate(kernels):
+    for number, (spec, values, precision) in enumerate(kernels):
         for target in targets:
             contract, ptx, cubin = compile_kernel(spec, values, precision, target)
             (folder / contract.ptx).write_text(ptx, encoding="ascii")

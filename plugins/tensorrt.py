@@ -45,16 +45,17 @@ def register_plugins(folder: Path, target: str, *, lazy: bool = False) -> list[s
         lazy: leave TensorRT's own registry alone until a plugin is used from Python; the ONNX parser does not find such plugins.
 
     Returns:
-        The plugins' ids.
+        The plugins' ids; none for a folder of an unpruned engine.
 
     Raises:
-        ContractError: the folder has no kernels for the target.
+        ContractError: the folder has kernels, but none for the target.
         ImportError: TensorRT is not installed.
     """
     import tensorrt.plugin as trtp
 
-    contracts = [contract for contract in read_contracts(folder) if contract.target == target]
-    if not contracts:
+    compiled = read_contracts(folder)
+    contracts = [contract for contract in compiled if contract.target == target]
+    if compiled and not contracts:
         raise ContractError(f"{folder}: no kernels for {target}; build with this target")
     for contract in contracts:
         known = _compiled.setdefault(contract.op, [])
@@ -89,8 +90,8 @@ def _register(trtp: Any, contract: Contract, lazy: bool) -> None:
         symbols = bind(inputs, [tuple(tensor.shape_expr) for tensor in tensors])
         return tuple(_describe_output(trtp, contract, number, symbols, tensors) for number in range(len(contract.outputs)))
 
-    def autotune(*_: Any) -> list[Any]:
-        precisions = sorted({compiled.contract.precision for compiled in _compiled[contract.op]})
+    def autotune(*descriptors: Any) -> list[Any]:
+        precisions = sorted({compiled.contract.precision for compiled in _fitting(contract.op, descriptors[: len(inputs)])})
         generic = "|".join(TYPE_NAMES[precision] for precision in precisions)
         arguments = (*inputs, *contract.outputs)
         # In a list of dependent types every entry has as many alternatives as there are precisions.
@@ -137,20 +138,34 @@ def _describe_output(trtp: Any, contract: Contract, number: int, symbols: dict[s
     return trtp.TensorDesc(trtp.ShapeExprs.from_tuple(sizes), dtype)
 
 
+def _fitting(op: str, tensors: Sequence[Any]) -> list[_Compiled]:
+    """The op's kernels, of any precision, for inputs of these widths; sizes that are free yet are −1 in ``tensor.shape``."""
+    found = []
+    for compiled in _compiled[op]:
+        widths = compiled.contract.static
+        pairs = [pair for spec, tensor in zip(compiled.contract.inputs, tensors, strict=True) for pair in zip(spec.shape, tensor.shape, strict=True)]
+        if all(size == widths.get(name, size) for name, size in pairs):
+            found.append(compiled)
+    if not found:
+        raise ContractError(f"{op}: no kernel for {_described(tensors)}; compile the plugins for this graph")
+    return found
+
+
 def _choose(op: str, tensors: Sequence[Any], attributes: dict[str, float]) -> _Compiled:
     """The kernel for these dtypes, widths and attributes."""
-    for compiled in _compiled[op]:
+    for compiled in _fitting(op, tensors):
         contract = compiled.contract
-        symbols = bind(contract.inputs, [tuple(tensor.shape) for tensor in tensors])
-        widths_fit = all(symbols[name] == size for name, size in contract.static.items())
         attributes_fit = all(abs(contract.attributes[name] - value) <= ATTRIBUTE_TOLERANCE * abs(value) for name, value in attributes.items())
         types_fit = all(
             tensor.dtype == _data_type(contract.precision) for tensor, spec in zip(tensors, contract.inputs, strict=True) if spec.dtype == "T"
         )
-        if widths_fit and attributes_fit and types_fit:
+        if attributes_fit and types_fit:
             return compiled
-    shapes = ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in tensors)
-    raise ContractError(f"{op}: no kernel for {shapes} with {attributes}; compile the plugins for this model's shape and precision")
+    raise ContractError(f"{op}: no kernel for {_described(tensors)} with {attributes}; compile the plugins for this graph")
+
+
+def _described(tensors: Sequence[Any]) -> str:
+    return ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in tensors)
 
 
 def _launch(trtp: Any, compiled: _Compiled, tensors: Sequence[Any]) -> tuple[str, str, Any, Any]:

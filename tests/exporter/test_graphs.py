@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from schedules import SCHEDULES
 from vflow.engines import Engine
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.model import load_model
+from vflow.plugins.compile import graph_kernels
 from vflow.plugins.node import DOMAIN, OPSET
 
 PRUNED, GUIDED, PROPORTIONAL = "tower and decoder", "guided, no first stage", "proportional"
@@ -79,6 +81,19 @@ def test_pruning_is_nodes_with_function_bodies(engines: dict[str, Engine], name:
     bodies = {function.name: function for function in model.functions if function.domain == DOMAIN}
     assert set(bodies) == set(ops)
     assert all(node.domain == "" for body in bodies.values() for node in body.node)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the Triton language is missing")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_pruning_node_has_a_kernel_of_its_types_and_widths(build: Callable[..., Engine], random_checkpoint: Path, precision: str) -> None:
+    """Sizes of merged tokens are merged in float32 by an engine of any precision, one column wide."""
+    engine = build(random_checkpoint, SCHEDULES[PROPORTIONAL], precision=precision)
+    graphs = [load(engine, "vision"), load(engine, "language")]
+    kernels = graph_kernels(graphs, precision)
+    assert {kernel.spec.op for kernel in kernels} == {node.op_type for graph in graphs for node in graph.graph.node if node.domain == DOMAIN}
+    tower, decoder = engine.shape.tower, engine.shape.decoder
+    merging = {(kernel.values["F"], kernel.precision) for kernel in kernels if kernel.spec.op == "MergeTokens"}
+    assert merging == {(tower.group * tower.embed_dim, precision), (decoder.hidden_size, precision), (1, "fp32")}
 
 
 def names(values: Any) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -11,40 +10,45 @@ from pathlib import Path
 
 import pytest
 from kernel_errors import worst
-from kernel_shape import SHAPE
+from kernel_graph import kernel_graph
 from vflow.plugins.contract import PRECISIONS
 
 KERNEL_TESTS = ["test_kernels_scoring.py", "test_kernels_compaction.py", "test_torch_ops.py", "test_compile.py", "test_lowerings.py"]
 collect_ignore = [] if importlib.util.find_spec("triton") else KERNEL_TESTS  # there is no Triton language for macOS
 
 COMPILE = """
-import json, sys
+import sys
 from pathlib import Path
-from vflow.exporter.shape import ModelShape
-from vflow.plugins.compile import TARGETS, compile_kernel, compile_plugins, entry_parameters
+import onnx
+from vflow.plugins.compile import TARGETS, compile_kernel, compile_plugins, entry_parameters, graph_kernels
 from vflow.plugins.entropy_kernels import PATCH_ENTROPY
-compile_plugins(Path(sys.argv[1]), ModelShape.from_dict(json.loads(sys.argv[2])), sys.argv[3])
+compile_plugins(Path(sys.argv[1]), graph_kernels([onnx.load_model_from_string(sys.stdin.buffer.read())], sys.argv[2]))
 for target in TARGETS:  # the one kernel that no graph holds
-    _, ptx, _ = compile_kernel(PATCH_ENTROPY, {"K": 1176}, sys.argv[3], target)
+    _, ptx, _ = compile_kernel(PATCH_ENTROPY, {"K": 1176}, sys.argv[2], target)
     assert entry_parameters(ptx)[1] == ["u64"] * 4
 """
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Path]:
-    """Folders with all kernels of ``SHAPE`` for all targets, by precision. A process each: this one may hold interpreted kernels."""
+    """Folders with all kernels of ``kernel_graph`` for all targets, by precision. A process each: this one may hold interpreted kernels."""
     cache = Path(request.config.cache.mkdir("kernels"))  # type: ignore[union-attr]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     folders = {precision: tmp_path_factory.mktemp(precision) for precision in PRECISIONS}
     processes = {
         precision: subprocess.Popen(
-            [sys.executable, "-c", COMPILE, str(folder), json.dumps(SHAPE.to_dict()), precision], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", COMPILE, str(folder), precision], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
         )
         for precision, folder in folders.items()
     }
     for precision, process in processes.items():
-        _, errors = process.communicate()
-        assert process.returncode == 0, f"{precision}: {errors}"
+        assert process.stdin is not None
+        process.stdin.write(kernel_graph(precision).SerializeToString())
+        process.stdin.close()
+    for precision, process in processes.items():
+        assert process.stderr is not None
+        errors = process.stderr.read().decode()
+        assert process.wait() == 0, f"{precision}: {errors}"
     return folders
 
 

@@ -58,6 +58,7 @@ def run(folder: Path, contract: Contract) -> dict[str, Any]:
     return {
         "op": contract.op,
         "precision": contract.precision,
+        "widths": contract.static,
         "outputs": [[output.dtype.name, len(output.shape_expr)] for output in outputs],
         "created": created(contract, inputs),
         "types": [[kind.name for kind in combination.types] for combination in combinations],

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 import torch
-from kernel_shape import SHAPE
-from vflow.plugins.compile import MANIFEST_FILE, TARGETS, CompileError, compile_plugins, entry_parameters, read_contracts
+from kernel_graph import TOWER_WIDTH, WIDTH, kernel_graph
+from vflow.engines import open_engine
+from vflow.plugins.compile import MANIFEST_FILE, TARGETS, CompileError, compile_plugins, entry_parameters, graph_kernels, read_contracts
 from vflow.plugins.contract import PRECISIONS, Contract, ContractError, evaluate
 from vflow.plugins.driver import DriverError, DriverKernel
 
@@ -29,6 +34,39 @@ def test_every_op_is_compiled_for_every_target(compiled: dict[str, Path], precis
     files = {file.name for file in compiled[precision].iterdir()}
     listed = {name for contract, _ in contracts(compiled, precision) for name in (contract.ptx, contract.cubin)}
     assert files == listed | {MANIFEST_FILE}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_each_node_gets_a_kernel_of_its_own_types_and_widths(compiled: dict[str, Path], precision: str) -> None:
+    merging = {(c.static["F"], c.precision) for c, _ in contracts(compiled, precision) if c.op == "MergeTokens"}
+    assert merging == {(TOWER_WIDTH, precision), (WIDTH, precision), (1, "fp32")}
+
+
+def without(graph: onnx.ModelProto, number: int, *, op: str) -> onnx.ModelProto:
+    """The graph, in which input ``number`` of an op is not described."""
+    name = next(node.input[number] for node in graph.graph.node if node.op_type == op)
+    graph.graph.input.remove(next(value for value in graph.graph.input if value.name == name))
+    return graph
+
+
+def test_a_graph_that_does_not_tell_what_to_compile_is_refused() -> None:
+    with pytest.raises(CompileError, match="MergeTokens: the graph does not tell F of"):
+        graph_kernels([without(kernel_graph("fp16"), 0, op="MergeTokens")], "fp16")
+    graph = kernel_graph("fp16")
+    graph.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    graph.graph.input[1].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    with pytest.raises(CompileError, match="RowLogSumExp: the graph does not tell dtype of"):
+        graph_kernels([graph], "fp16")
+
+
+def test_nodes_without_a_kernel_are_refused() -> None:
+    graph = kernel_graph("fp16")
+    graph.graph.node[0].input.append("segment")
+    with pytest.raises(CompileError, match="RowLogSumExp: kernels are compiled for 2 inputs, a node has 3"):
+        graph_kernels([graph], "fp16")
+    graph.graph.node[0].op_type = "PatchEntropy"
+    with pytest.raises(CompileError, match="PatchEntropy: there is no kernel for this op"):
+        graph_kernels([graph], "fp16")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -104,7 +142,7 @@ def test_expressions_round_down() -> None:
 @pytest.mark.parametrize(("precision", "targets", "message"), [("fp8", ["9.0"], "fp8"), ("fp16", ["7.5"], "7.5")])
 def test_unknown_precision_or_target_is_named(tmp_path: Path, precision: str, targets: list[str], message: str) -> None:
     with pytest.raises(CompileError, match=message):
-        compile_plugins(tmp_path, SHAPE, precision, targets)
+        compile_plugins(tmp_path, [kernel._replace(precision=precision) for kernel in graph_kernels([kernel_graph("fp16")], "fp16")], targets)
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"format": 9, "kernels": []}', '{"format": 1, "kernels": [{"op": "X"}]}'])
@@ -113,6 +151,24 @@ def test_a_folder_without_usable_contracts_is_refused(tmp_path: Path, content: s
         (tmp_path / MANIFEST_FILE).write_text(content)
     with pytest.raises(ContractError, match=MANIFEST_FILE):
         read_contracts(tmp_path)
+
+
+@pytest.mark.parametrize(("options", "kernels"), [(["--preset", "tuned-tower", "--keep", "0.11"], 8), (["--keep", "1"], 0)])
+def test_build_compiles_what_the_graphs_of_the_engine_call(tmp_path: Path, request: pytest.FixtureRequest, options: list[str], kernels: int) -> None:
+    """``build --compute-capability`` in a process of its own, with the compiler and not the interpreter."""
+    cache = Path(request.config.cache.mkdir("kernels"))  # type: ignore[union-attr]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", "from vflow.exporter.cli import main; main()", "build", "--model", "tiny", "--output", str(tmp_path / "engine")]
+    command += [*options, "--precision", "fp16", "--compute-capability", "9.0", "--compute-capability", "8.7"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = read_contracts(tmp_path / "engine" / "plugins")
+    graphs = [onnx.load(tmp_path / "engine" / f"{name}.onnx", load_external_data=False) for name in ("vision", "language")]
+    called = [(spec.op, precision, {name: values[name] for name in spec.static}) for spec, values, precision in graph_kernels(graphs, "fp16")]
+    assert [(c.op, c.precision, c.static) for c in found if c.target == "9.0"] == called
+    assert [(c.op, c.precision, c.static) for c in found if c.target == "8.7"] == called
+    assert len(called) == kernels
+    assert open_engine(tmp_path / "engine").files.keys() >= {f"plugins/{contract.ptx}" for contract in found}
 
 
 class FakeDriver:
