@@ -79,7 +79,7 @@ class Answer:
 class TritonProcess:
     """``tritonserver`` over model repositories; a context manager that leaves no process behind."""
 
-    def __init__(self, repositories: Sequence[Path], scratch: Path, *, exit_timeout: int = 20, options: Sequence[str] = ()) -> None:
+    def __init__(self, repositories: Sequence[Path], scratch: Path, *, exit_timeout: int = 120, options: Sequence[str] = ()) -> None:
         (server,) = ENVIRONMENT.glob("lib/python3.*/site-packages/pytriton/tritonserver")
         self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
         command = [str(server / "bin" / "tritonserver"), f"--backend-directory={scratch / 'backends'}", f"--exit-timeout-secs={exit_timeout}"]
