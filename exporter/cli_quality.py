@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .console import err, one_line_errors, progress_bar
 from .presets import PRESET_NAMES
+from .tensorrt_llm import TENSORRT_LLM, search_for_tensorrt_llm
 
 __all__ = ["evaluate", "tune"]
 
@@ -127,6 +128,7 @@ def evaluate(
     "--objective", type=click.Choice(["overlap", "cosine"]), help="What is kept: the first token's distribution, or the hidden state, as in the "
     "paper and for prompts whose answers all begin alike.  [default: overlap; with --preset cosine]",
 )  # fmt: skip
+@click.option("--target", type=click.Choice([TENSORRT_LLM]), help="Search only what this runtime can run: one decoder stage, plain attention.")
 @click.option("--trials", type=click.IntRange(1), help="Evaluations.  [default: 200]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--study", help="File or database URL that holds the search, to resume it or to share it between processes.")
@@ -134,7 +136,7 @@ def evaluate(
 def tune(
     model: str, output: Path, data: Path | None, samples: int, keep: float | None, kv_budget: str | None, prefill_flops: float | None,
     pareto: str | None, side: int, text_tokens: int, tower: bool | None, guidance: bool | None, preset: str | None, objective: str | None,
-    trials: int | None, seed: int, study: str | None, study_name: str,
+    target: str | None, trials: int | None, seed: int, study: str | None, study_name: str,
 ) -> None:  # fmt: skip
     """Find a schedule for a budget by keeping the last token's representation where it was (VFlowOpt, section 3.4).
 
@@ -145,6 +147,8 @@ def tune(
     """
     if preset is not None and (tower or guidance):
         raise click.UsageError("--preset has no tower stages and no guidance: leave out --tower and --guidance")
+    if target is not None and (preset or guidance):
+        raise click.UsageError(f"--target {target} has one decoder stage and no guidance: leave out --preset and --guidance")
     if pareto is None and keep is None and kv_budget is None and prefill_flops is None:
         raise click.UsageError("a budget is needed: --keep, --kv-budget or --prefill-flops (or --pareto)")
     usual_trials, startup = SEARCH_PRESETS[preset] if preset else (DEFAULT_TRIALS, DEFAULT_STARTUP)
@@ -174,6 +178,8 @@ def tune(
             space = SearchSpace.for_model(
                 shape, budget, tower=beyond and wants_tower, guidance=beyond if guidance is None else guidance, paper=not beyond
             )
+            if target is not None:
+                space = search_for_tensorrt_llm(space)
             progress("calibrate", 0.0)
             measure: Measure = "cosine" if objective == "cosine" or (objective is None and preset) else "overlap"
             flow = FlowObjective(checkpoint, calibration, measure=measure, blocks=space.entry_blocks)
@@ -196,4 +202,5 @@ def tune(
             click.echo(line)
         click.echo(f"prefill FLOPs {space.flops_share(result.schedule):.3f} of the unpruned at {side}×{side}")
         click.echo(f"mean {measure} {result.value:.4f} after {result.trials} trials; wrote {output}")
-        click.echo(f"try next   vflow-export build --model {model} --schedule {output} --output DIR")
+        runtime = f" --target {target}" if target is not None else ""
+        click.echo(f"try next   vflow-export build --model {model} --schedule {output}{runtime} --output DIR")

@@ -147,7 +147,8 @@ class SearchSpace:
             by_attention: Point = {"pixel_keep": 1.0, "tower_keep_0": 0.5}
             chosen += [{**merged, "tower_keep_1": 1.0}, {**merged, **by_attention}, {**single, **by_attention}]
         known = set(self.coordinates()) | set(self.categories())
-        return tuple({name: value for name, value in point.items() if name in known} for point in chosen)
+        points = [{name: value for name, value in point.items() if name in known} for point in chosen]
+        return tuple(point for number, point in enumerate(points) if point not in points[:number])  # equal where what differs is fixed
 
     def coordinates(self) -> tuple[str, ...]:
         """Names of the unit coordinates that vary."""

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from .budget import spend_keep
 from .schedule import Schedule, Stage
+from .search_space import SearchSpace
 
-__all__ = ["SCRIPT_FILE", "TENSORRT_LLM", "schedule_for_tensorrt_llm", "write_script"]
+__all__ = ["SCRIPT_FILE", "TENSORRT_LLM", "schedule_for_tensorrt_llm", "search_for_tensorrt_llm", "write_script"]
 
 TENSORRT_LLM = "tensorrt-llm"
+ONE_STAGE = (("decoder_keep_0", 0.0), ("decoder_keep_1", 0.0), ("proportional_attention", 0.0))  # coordinates of a search space
 SCRIPT_FILE = f"{TENSORRT_LLM}/generate.py"  # in an engine directory
 SCRIPT = '''"""Asks TensorRT-LLM about pictures that this engine has pruned: python generate.py CHECKPOINT --image photo.jpg --prompt "What is this?"
 
@@ -57,6 +59,11 @@ def schedule_for_tensorrt_llm(schedule: Schedule, layers: int) -> Schedule:
     stages = (*schedule.tower_stages, *([first] if schedule.later_stages or schedule.first_stage else []))
     provenance = {"tuned": False, "restricted_from": dict(schedule.provenance)}
     return replace(schedule, stages=stages, guidance_weight=0.0, proportional_attention=0.0, provenance=provenance)
+
+
+def search_for_tensorrt_llm(space: SearchSpace) -> SearchSpace:
+    """The part of a search space that TensorRT-LLM can run: one decoder stage, before layer 0, without guidance and proportional attention."""
+    return replace(space, decoder_places=(), guidance=False, fixed=(*space.fixed, *ONE_STAGE))
 
 
 def write_script(folder: Path) -> None:

@@ -20,8 +20,9 @@ from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.cli import main
 from vflow.exporter.presets import PRESETS, preset_schedule
 from vflow.exporter.schedule import KEEP_UNIT, Importance, Schedule, Stage
+from vflow.exporter.search_space import Budget, SearchSpace
 from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
-from vflow.exporter.tensorrt_llm import SCRIPT_FILE, schedule_for_tensorrt_llm
+from vflow.exporter.tensorrt_llm import SCRIPT_FILE, schedule_for_tensorrt_llm, search_for_tensorrt_llm
 
 LAYERS = 7
 BOTH = ("--target", "onnxruntime", "--target", "tensorrt-llm")
@@ -40,6 +41,50 @@ def check_one_stage(before: Schedule, after: Schedule, layers: int) -> None:
     assert after.tower_stages == before.tower_stages and after.importance == before.importance
     assert 0 <= before.average_keep(layers) - after.average_keep(layers) < 1 / KEEP_UNIT
     assert after.first_stage is not None and after.first_stage.recycle == (before.first_stage.recycle if before.first_stage else None)
+
+
+# --------------------------------------------------------------------------------------------------------------- the search
+
+
+@given(st.data(), st.floats(0.02, 1.0), st.booleans())
+def test_every_point_of_its_search_is_one_decoder_stage_that_spends_the_budget(draw: st.DataObject, keep: float, tower: bool) -> None:
+    space = search_for_tensorrt_llm(SearchSpace.for_model(SHAPE, Budget(keep=keep), tower=tower, guidance=True))
+    point: dict[str, Any] = {name: draw.draw(st.floats(0, 1), name) for name in space.coordinates()}
+    schedule = space.schedule(point | {name: draw.draw(st.sampled_from(values), name) for name, values in space.categories().items()})
+    check_schedule(schedule, LAYERS)
+    assert schedule_for_tensorrt_llm(schedule, LAYERS) is schedule
+    assert -1e-12 <= keep - schedule.average_keep(LAYERS) < 2 / KEEP_UNIT  # as close as whole numbers of 1024 come
+    assert tower or not schedule.tower_stages
+
+
+def test_its_search_starts_from_different_points() -> None:
+    space = search_for_tensorrt_llm(SearchSpace.for_model(SHAPE, Budget(keep=0.1), tower=True, guidance=True))
+    starts = [json.dumps(point, sort_keys=True) for point in space.starts()]
+    assert len(set(starts)) == len(starts) > 4
+    assert not {"proportional_attention", "guidance_weight", "decoder_keep_0", "decoder_place_0"} & set(space.coordinates())
+
+
+def test_tune_for_it_writes_a_schedule_that_its_build_takes(random_checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--keep", 0.4, "--trials", 12, "--samples", 2, "--side", 140, "--target", "tensorrt-llm")
+    tuned = call("tune", "--model", random_checkpoint, "--output", tmp_path / "schedule.json", *options)
+    assert tuned.exit_code == 0, tuned.output
+    assert "--target tensorrt-llm --output DIR" in tuned.stdout
+    built = call(
+        "build",
+        "--model",
+        random_checkpoint,
+        "--schedule",
+        tmp_path / "schedule.json",
+        "--output",
+        tmp_path / "engine",
+        *BOTH,
+        "--max-text-tokens",
+        64,
+    )
+    assert built.exit_code == 0, built.output
+    for others in (("--guidance",), ("--preset", "paper")):
+        refused = call("tune", "--model", random_checkpoint, "--output", tmp_path / "no.json", *options, *others)
+        assert refused.exit_code == 2 and "one decoder stage and no guidance" in refused.output
 
 
 # ------------------------------------------------------------------------------------------------------------- the schedule
