@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
+from ..data_url import DATA_URL, unpack_data_url
 from ..errors import EngineError
 from ..preprocess import WEB_FORMATS, ImageError
 from .options import ServeOptions
@@ -48,15 +46,10 @@ def read_messages(messages: Sequence[Message], options: ServeOptions) -> tuple[l
 
 
 def _content(url: str, options: ServeOptions, number: int) -> bytes:
-    if not url.startswith("data:"):
-        return fetch_image(url, options.remote_hosts, most=options.max_body_bytes)
-    head, comma, data = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise ImageError(f"image {number}: a data URL must be data:image/...;base64,...")
-    try:
-        return base64.b64decode(urllib.parse.unquote_to_bytes(data) if "%" in data else data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"image {number}: not base64 ({error})") from None
+    data = url.encode(errors="replace")
+    if data.startswith(DATA_URL):
+        return unpack_data_url(data, f"image {number}")
+    return fetch_image(url, options.remote_hosts, most=options.max_body_bytes)
 
 
 def _open(content: bytes, number: int) -> Image.Image:

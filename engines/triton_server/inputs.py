@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data_url import DATA_URL, unpack_data_url
 from ..errors import EngineError
 from ..prompt import Prompt
 from ..request import ImageSource
@@ -125,15 +124,9 @@ def _images(tensors: Mapping[str, NDArray[Any]]) -> tuple[ImageSource, ...]:
 
 
 def _image_bytes(data: bytes, number: int) -> bytes:
-    """An encoded image; a data URL, which is what JSON can hold, is unpacked."""
-    if data.startswith(b"data:"):
-        head, comma, body = data.partition(b",")
-        if not comma or not head.endswith(b";base64"):
-            raise EngineError(f"images[{number}] is a data URL without ;base64,")
-        try:
-            data = base64.b64decode(body, validate=True)
-        except binascii.Error as error:
-            raise EngineError(f"images[{number}] is not base64 ({error})") from None
+    """An encoded image; a data URL is unpacked."""
+    if data.startswith(DATA_URL):
+        data = unpack_data_url(data, f"images[{number}]")
     if len(data) > MAX_IMAGE_BYTES:
         raise EngineError(f"images[{number}] has {len(data):,} bytes; at most {MAX_IMAGE_BYTES:,} are taken")
     return data

@@ -185,6 +185,7 @@ def test_the_model_is_listed_and_no_other_is_answered_for(address: str) -> None:
         ({"max_tokens": 1000}, "max_new_tokens 1000 is more than", None),
         ({"stop": ["a"] * 5}, "stop: List should have at most 4 items", "stop"),
         ({"stop": "a" * 1001}, "stop: String should have at most 1000 characters", "stop"),
+        ({"messages": [user("x", "data:image/png;base64,é")]}, "image 1: not base64", None),
         ({"messages": [user("x", "data:image/png;base64,%%%")]}, "image 1: not base64", None),
         ({"messages": [user("x", "data:image/png,xx")]}, "image 1: a data URL must be", None),
         ({"messages": [user("x", "data:image/png;base64,aGVsbG8=")]}, "image 1: not an image of PNG", None),

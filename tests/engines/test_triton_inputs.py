@@ -87,7 +87,7 @@ def test_pixels_outlive_the_memory_that_is_shared_with_the_server() -> None:
         ({"prompt": strings(b"a", b"b")}, r"input prompt must have one element, got shape \[2\]"),
         ({"prompt": strings(b"a"), "seed": np.zeros((0,), np.int64)}, "input seed must have one element"),
         ({"prompt": strings(b"a"), "images": strings(b"x" * (MAX_IMAGE_BYTES + 1))}, r"images\[0\] has 33,554,433 bytes"),
-        ({"prompt": strings(b"a"), "images": strings(b"x", b"data:;base64")}, r"images\[1\] is a data URL without"),
+        ({"prompt": strings(b"a"), "images": strings(b"x", b"data:;base64")}, r"images\[1\]: a data URL must be"),
         ({"messages": strings(b'{"role": "user"}')}, "must be a JSON list"),
         ({"prompt": strings(b"a"), "stop": strings(*[b"a"] * 5)}, "input stop has 5 strings; at most 4 are taken"),
         ({"prompt": strings(b"a"), "stop": strings(b"a", b"")}, r"stop\[1\] has 0 characters; it must have 1 to 1,000"),
