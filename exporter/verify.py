@@ -54,8 +54,9 @@ ROUNDINGS = 32
 # survivors need not be the same tokens, but must hold as much importance. An attention score of 100 is rounded to 0.06 in fp16, so importances
 # carry errors of 5 %; each tower stage is one more selection, after which attention is measured among other tokens.
 FP16_LOGITS_RELATIVE = 1e-2
-# Two tokens can be equally important to fp32 rounding (2e-6 apart on one of twenty inputs of the small model), and which of them a later stage
-# keeps is then arbitrary. So importance is compared by itself, and the reference's later stages rank by the engine's.
+# Two tokens can be equally important to fp32 rounding (2e-6 apart on one of twenty inputs of the small model; in blank pictures they all are), and which
+# of them a stage keeps is then arbitrary. So importance is compared by itself, the reference's later stages rank by the engine's, and where a first
+# stage kept another token of the same importance, logits are compared from the engine's survivors on.
 FP32_IMPORTANCE_RELATIVE = 1e-4
 FP16_IMPORTANCE_RELATIVE = 5e-2
 DECODE_STEPS = 6
@@ -138,8 +139,8 @@ def _in_pytorch(engine: Engine, model: Any) -> Session:
 
 def _logits_finding(rung: str, precision: str, quantity: str, differences: Sequence[float], largest: float) -> Finding:
     tolerance = FP32_LOGITS if precision == "fp32" else FP16_LOGITS_RELATIVE * largest
-    worst = max(differences)
-    return Finding(rung, quantity, worst, tolerance, worst <= tolerance)  # NaN fails
+    worst = float(np.max(differences))  # NaN where one of them is, and fails
+    return Finding(rung, quantity, worst, tolerance, worst <= tolerance)
 
 
 def _against_hugging_face(session: Session, model: Any, inputs: Sequence[VerifyInput], progress: Callable[[str, float], None]) -> Iterator[Finding]:
@@ -201,36 +202,60 @@ def _compare(
     ``eager``: PyTorch in the engine's precision where the reference is float64.
     """
     precision = session.engine.precision
-    shares, held, ranked, differences, tolerances, roundings = [], [], [], [], [], []
+    shares, held, ranked, differences, tolerances, roundings, ties = [], [], [], [], [], [], 0
     for number, item in enumerate(inputs):
         progress(f"({rung}) against {against}", number / len(inputs))
         ours, theirs = session.prepare(item.prompt, [item.image]), reference.prepare(item)
-        mine, other = ours.survivors[0].index, theirs.survivors[0].index
-        shares.append(len(np.intersect1d(mine, other)) / max(len(mine), len(other)))
-        mine_held, other_held = held_importance(ours.importance), held_importance(theirs.importance)
-        held.append(abs(mine_held - other_held) / abs(other_held) if other_held else abs(mine_held))
-        if precision != "fp32":  # different survivors would hide what the language graph does: both get the engine's
+        share, start = 1.0, item if precision == "fp32" else None
+        if precision == "fp32":
+            both, swapped = importance_differences(ours, theirs)
+            ranked.append(both)
+            if swapped is None:
+                theirs = replace(theirs, importance=ours.importance)
+            elif swapped <= FP32_IMPORTANCE_RELATIVE:
+                theirs, start, ties = ours, None, ties + 1
+            else:
+                mine, other = ours.survivors[0].index, theirs.survivors[0].index
+                share = len(np.intersect1d(mine, other)) / max(len(mine), len(other))
+        else:  # different survivors would hide what the language graph does: both get the engine's
+            mine_held, other_held = held_importance(ours.importance), held_importance(theirs.importance)
+            held.append(abs(mine_held - other_held) / abs(other_held) if other_held else abs(mine_held))
             theirs = ours
-        elif np.array_equal(mine, other):
-            free = theirs.importance < PROTECTED  # what is protected has no importance to compare
-            scale = float(np.abs(theirs.importance[free]).max(initial=0.0)) or 1.0
-            ranked.append(float(np.abs(ours.importance - theirs.importance)[free].max(initial=0.0)) / scale)
-            theirs = replace(theirs, importance=ours.importance)
+        shares.append(share)
         ours_logits, theirs_logits = session.prefill(ours).logits, reference.session.prefill(theirs).logits
         differences.append(float(np.abs(ours_logits - theirs_logits).max()))
         tolerances.append(FP32_LOGITS if precision == "fp32" else FP16_LOGITS_RELATIVE * float(np.abs(theirs_logits).max()))
         rounded = 0.0
-        if eager is not None and differences[-1] > tolerances[-1]:
-            rounded = _rounding(eager, item if precision == "fp32" else None, theirs, theirs_logits)
+        if eager is not None and share == 1 and differences[-1] > tolerances[-1]:
+            rounded = _rounding(eager, start, theirs, theirs_logits)
         roundings.append(rounded)
     if precision == "fp32":
-        yield Finding(rung, "survivors that differ, share", 1 - min(shares), 0.0, min(shares) == 1)
-        worst = max(ranked, default=0.0)
+        note = f"on {ties} of {len(shares)} inputs others were kept that are as important to rounding: logits are of these" if ties else ""
+        yield Finding(rung, "survivors that differ, share", 1 - min(shares), 0.0, min(shares) == 1, note)
+        worst = float(np.max(ranked))
         yield Finding(rung, "importance of the survivors, relative", worst, FP32_IMPORTANCE_RELATIVE, worst <= FP32_IMPORTANCE_RELATIVE)
     else:
-        worst, allowed = max(held), FP16_IMPORTANCE_RELATIVE * (1 + len(session.engine.schedule.tower_stages))
+        worst, allowed = float(np.max(held)), FP16_IMPORTANCE_RELATIVE * (1 + len(session.engine.schedule.tower_stages))
         yield Finding(rung, "importance held by the survivors, relative", worst, allowed, worst <= allowed)
     yield _rounding_finding(rung, f"logits, pruned, against {against}", precision, differences, tolerances, roundings)
+
+
+def importance_differences(ours: Prepared, theirs: Prepared) -> tuple[float, float | None]:
+    """How far importance is apart, as shares of the largest in ``theirs``: at tokens that survive in both, and from token to token in order of
+    importance at those that do in one alone (None where there are none, infinite where they are not as many or one of them is protected, which says
+    nothing of its importance).
+    """
+    (mine,), (other,) = (prepared.survivors for prepared in (ours, theirs))
+    in_both, in_both_too = np.isin(mine.index, other.index), np.isin(other.index, mine.index)
+    free = theirs.importance < PROTECTED
+    scale = float(np.abs(theirs.importance[free]).max(initial=0.0)) or 1.0
+    apart = np.abs(ours.importance[in_both] - theirs.importance[in_both_too])[free[in_both_too]]
+    both = float(apart.max(initial=0.0)) / scale
+    if in_both.all() and in_both_too.all():
+        return both, None
+    alone, alone_too = np.sort(ours.importance[~in_both]), np.sort(theirs.importance[~in_both_too])
+    comparable = alone.size == alone_too.size and max(alone[-1], alone_too[-1]) < PROTECTED
+    return both, float(np.abs(alone - alone_too).max()) / scale if comparable else np.inf
 
 
 def held_importance(importance: NDArray[np.float32]) -> float:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from vflow.engines.session import Session
 from vflow.exporter import verify
 from vflow.exporter.build import BuildOptions, build_engine
 from vflow.exporter.checkpoint import open_checkpoint
+from vflow.exporter.reference import TorchBackend
 from vflow.exporter.schedule import Importance, Schedule, Stage
 from vflow.exporter.verify import FP32_LOGITS, Finding, VerifyInput, generated_inputs, verify_engine
 
@@ -84,6 +86,51 @@ def test_each_input_is_allowed_its_own_rounding(differences: list[float], roundi
     assert finding.worst == pytest.approx(differences[worst], nan_ok=True)
     assert finding.tolerance == max(FP32_LOGITS, roundings[worst])
     assert ("1 of 2 inputs" in finding.note) == (max(roundings) > FP32_LOGITS)
+
+
+def test_nan_fails_wherever_it_is() -> None:
+    for differences in ([math.nan, 1e-5, 1e-5], [1e-5, math.nan, 1e-5], [1e-5, 1e-5, math.nan]):
+        assert not verify._logits_finding("a", "fp32", QUANTITY, differences, 1.0).passed
+
+
+def test_survivors_of_equal_importance_are_told_from_wrong_ones(engine: Engine) -> None:
+    prepared = Session(engine).prepare(PROMPT, [picture(6, 5)])
+    (kept,) = prepared.survivors
+    lost = np.setdiff1d(np.arange(30), kept.index)[:2]
+
+    def swapped(*importance: float) -> Any:
+        """The two least important survivors replaced, by others of this importance."""
+        order = np.argsort(prepared.importance)[:2]
+        index, values = kept.index.copy(), prepared.importance.copy()
+        index[order], values[order] = lost, importance
+        return dataclasses.replace(prepared, survivors=(dataclasses.replace(kept, index=index),), importance=values)
+
+    first, second = np.sort(prepared.importance)[:2].tolist()
+    largest = float(prepared.importance.max())
+    assert verify.importance_differences(prepared, prepared) == (0.0, None)
+    assert verify.importance_differences(swapped(second, first), prepared) == (0.0, 0.0)
+    assert verify.importance_differences(swapped(first, second + 0.01 * largest), prepared) == (0.0, pytest.approx(0.01, rel=1e-3))
+    assert verify.importance_differences(swapped(first, 2e30), prepared)[1] == math.inf
+
+
+def test_a_picture_of_one_colour_passes(findings: Callable[..., dict[str, Finding]], engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of its tokens survive is arbitrary: here the engine keeps another one of the same importance as the least of the reference's."""
+    prepare = Session.prepare
+
+    def other_survivors(self: Session, *arguments: Any, **options: Any) -> Any:
+        prepared = prepare(self, *arguments, **options)
+        if not isinstance(self.backend, TorchBackend):
+            (kept,) = prepared.survivors
+            index = kept.index.copy()
+            index[prepared.importance.argmin()] = np.setdiff1d(np.arange(kept.index.max() + 1), kept.index)[0]
+            return dataclasses.replace(prepared, survivors=(dataclasses.replace(kept, index=index),))
+        return prepared
+
+    monkeypatch.setattr(Session, "prepare", other_survivors)
+    found = findings(engine)
+    survivors = found["survivors that differ, share"]
+    assert survivors.passed and "on 2 of 2 inputs others were kept" in survivors.note
+    assert found[QUANTITY].passed
 
 
 def test_other_survivors_are_not_taken_for_rounding(engine: Engine) -> None:
