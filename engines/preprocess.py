@@ -94,8 +94,10 @@ def load_image(source: str | Path | bytes | Image.Image | NDArray[np.uint8]) -> 
         ImageError: not there, not an image, truncated, or more than ``MAX_INPUT_PIXELS`` pixels.
     """
     if isinstance(source, np.ndarray):
-        if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
-            raise ImageError(f"image array must be uint8 [height, width, 3], got {source.dtype} {list(source.shape)}")
+        if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or source.size == 0:
+            raise ImageError(f"image array must be uint8 [height, width, 3] and not empty, got {source.dtype} {list(source.shape)}")
+        if source.shape[0] * source.shape[1] > MAX_INPUT_PIXELS:
+            raise ImageError(_too_large("image array"))
         return source
     name = "image" if isinstance(source, (Image.Image, bytes)) else str(source)
     try:
@@ -105,7 +107,7 @@ def load_image(source: str | Path | bytes | Image.Image | NDArray[np.uint8]) -> 
             if image.width * image.height > MAX_INPUT_PIXELS:
                 raise ImageError(_too_large(name))
             upright = ImageOps.exif_transpose(image)
-            return np.asarray(_on_white(upright).convert("RGB"))
+            return np.asarray(_on_white(_of_8_bits(upright, image.format, name)).convert("RGB"))
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except IsADirectoryError:
@@ -126,6 +128,19 @@ def _open(source: str | Path | bytes) -> Image.Image:
 
 def _too_large(name: str) -> str:
     return f"{name}: larger than {MAX_INPUT_PIXELS:,} pixels (a decompression bomb?): scale it down first"
+
+
+def _of_8_bits(image: Image.Image, file_format: str | None, name: str) -> Image.Image:
+    """Grey of 16 bits scaled to 8. Pillow's own conversion clips: nearly all of it would be white.
+
+    Raises:
+        ImageError: numbers of 32 bits, of which nobody knows which are black and white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PNG"):  # which before Pillow 11 PNG's 16 bits were
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{name}: holds one number of 32 bits a pixel (mode {image.mode}), without a scale: convert it to 8 bits first")
+    return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:

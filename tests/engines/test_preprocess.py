@@ -52,6 +52,40 @@ def test_other_modes_are_converted_as_hugging_face_does(mode: str) -> None:
     assert_same(image, image)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_grey_of_16_bits_is_scaled_to_8(tmp_path: Path, kind: str, order: str) -> None:
+    """Pillow's own conversion clips at 255 of 65,535."""
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # to be turned clockwise
+    Image.fromarray((grey * 257).astype(order)).save(tmp_path / "x", kind, exif=exif)
+    expected = np.rot90(grey, -1)[:, :, None].repeat(3, 2)
+    np.testing.assert_array_equal(load_image(tmp_path / "x"), expected)
+    if kind == "PNG":
+        np.testing.assert_array_equal(load_image((tmp_path / "x").read_bytes()), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(tmp_path: Path, dtype: Any) -> None:
+    image = Image.fromarray(np.ones((8, 8), dtype))
+    image.save(tmp_path / "x.tiff")
+    for source in (image, tmp_path / "x.tiff"):
+        with pytest.raises(ImageError, match="32 bits a pixel.* convert it to 8 bits first"):
+            load_image(source)
+
+
+@pytest.mark.parametrize("shape", [(0, 10, 3), (10, 0, 3)])
+def test_empty_arrays_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ImageError, match="not empty"):
+        load_image(np.zeros(shape, np.uint8))
+
+
+def test_arrays_are_no_way_around_the_limit_of_pixels() -> None:
+    with pytest.raises(ImageError, match="decompression bomb"):
+        load_image(np.broadcast_to(np.uint8(0), (10_000, 10_000, 3)))
+
+
 def test_transparency_shows_white() -> None:
     image = picture(60, 60).convert("RGBA")
     alpha = Image.fromarray(np.tile(np.linspace(0, 255, 60).astype(np.uint8), (60, 1)))
