@@ -178,6 +178,8 @@ class Schedule:
             raise ScheduleError(
                 "proportional_attention: no stage recycles, so every token stands for itself alone; set recycle at one, or set this to 0"
             )
+        if self.renumber_first_stage and self.first_stage is None:
+            raise ScheduleError("renumber_first_stage: there is no stage before decoder layer 0 whose survivors to number; add one, or leave it out")
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if _order(after) <= _order(before):
                 raise ScheduleError(

@@ -54,9 +54,9 @@ ROUNDINGS = 32
 # survivors need not be the same tokens, but must hold as much importance. An attention score of 100 is rounded to 0.06 in fp16, so importances
 # carry errors of 5 %; each tower stage is one more selection, after which attention is measured among other tokens.
 FP16_LOGITS_RELATIVE = 1e-2
-# Two tokens can be equally important to fp32 rounding (2e-6 apart on one of twenty inputs of the small model; in blank pictures all are), and which of
-# them a stage keeps is then arbitrary. So importance is compared by itself, the reference's later stages rank by the engine's, and where a first stage
-# kept another token of the same importance, logits are compared from the engine's survivors on.
+# Two tokens can be equally important to fp32 rounding (2e-6 apart on one of twenty inputs of the small model; in blank pictures all are), and which
+# of them a stage keeps is then arbitrary. So importance is compared by itself, the reference's later stages rank by the engine's, and where a first
+# stage kept another token of the same importance, logits are compared from the engine's survivors on.
 FP32_IMPORTANCE_RELATIVE = 1e-4
 FP16_IMPORTANCE_RELATIVE = 5e-2
 DECODE_STEPS = 6

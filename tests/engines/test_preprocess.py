@@ -71,7 +71,7 @@ def test_pixels_of_32_bits_are_refused(tmp_path: Path, dtype: Any) -> None:
     image = Image.fromarray(np.ones((8, 8), dtype))
     image.save(tmp_path / "x.tiff")
     for source in (image, tmp_path / "x.tiff"):
-        with pytest.raises(ImageError, match="32 bits a pixel.* convert it to 8 bits first"):
+        with pytest.raises(ImageError, match=r"32 bits a pixel.* convert it to 8 bits first"):
             load_image(source)
 
 

@@ -188,7 +188,7 @@ def language(
                 if visual:
                     weights = attention[:, -1, [alive.index(c) for c in visual]]  # [heads, visual], a share of all
                     guide = (weights / weights.sum(-1, keepdim=True)).mean(0).tolist()
-                    rank = {c: (1 - beta) * score[c] + beta * g for c, g in zip(visual, guide, strict=True)}
+                    rank = {c: score[c] if score[c] > 1e29 else (1 - beta) * score[c] + beta * g for c, g in zip(visual, guide, strict=True)}
                     chosen = sorted(visual, key=lambda c: (-rank[c], c))[: count_of(budget, stage.keep)]
                     keep = [i for i, c in enumerate(alive) if c not in score or c in chosen]
                     x, angles, alive = x[keep], angles[keep], [alive[i] for i in keep]

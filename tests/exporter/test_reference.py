@@ -15,7 +15,7 @@ from vflow.engines.positions import ImageSurvivors, prompt_positions
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
 from vflow.exporter.model import pruned_graphs
 from vflow.exporter.models.qwen2_vl import Embedded, model_shape, pixel_importance
-from vflow.exporter.schedule import Schedule, unpruned_schedule
+from vflow.exporter.schedule import Schedule, Stage, unpruned_schedule
 
 PROCESSOR = ImageProcessorConfig(4, 2, 2, 64, 64 * 64, (0.5, 0.4, 0.45), (0.25, 0.3, 0.27))
 IMAGE, TEXT_BEFORE, TEXT_AFTER = 5, [1, 8, 3], [4, 12, 15, 9, 2, 1, 9]
@@ -142,6 +142,19 @@ def test_text_survives_every_stage(model: Any) -> None:
     _, _, alive = naive_language(model, schedule, input_ids, positions, image, places, 30)
     text = set(range(len(input_ids))) - set(places)
     assert all(text <= set(columns) for columns in alive)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_protected_tokens_survive_whatever_guidance_says(model: Any, beta: float) -> None:
+    schedule = Schedule((Stage("decoder", 0, 600, 3.0), Stage("decoder", 2, 200)), recycled_importance="protected", guidance_weight=beta)
+    image = run_vision(model, schedule, 5, 6)
+    input_ids, positions, places = prompt(schedule, 5, 6, image.index)
+    protected = {place for place, importance in zip(places, image.importance.tolist(), strict=True) if importance > 1e29}
+    assert 0 < len(protected) < naive.count_of(30, 200)
+    logits, _, _ = run_language(model, schedule, input_ids, positions, image, places, 30)
+    expected, _, alive = naive_language(model, schedule, input_ids, positions, image, places, 30)
+    assert protected <= set(alive[-1])
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=FP32)
 
 
 def test_a_blank_area_has_no_pixel_importance() -> None:

@@ -46,7 +46,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         importance=Importance(draw(st.floats(0, 50)), draw(st.floats(-1, 1)), draw(st.sampled_from([-1, 3])), draw(st.integers(1, 1024))),
         recycled_importance=draw(st.sampled_from(["own", "sum", "protected"])),
         guidance_weight=draw(st.floats(0, 1)),
-        renumber_first_stage=draw(st.booleans()),
+        renumber_first_stage=0 in decoder and draw(st.booleans()),
         model=draw(st.one_of(st.none(), st.text(max_size=20))),
         provenance=draw(st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.lists(st.floats(0, 1))), max_size=3)),
     )
@@ -137,6 +137,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"stages": "tower"}, "stages must be a list"),
     ({"stages": [3]}, "must be a JSON object, got 3"),
     ({"stages": [{"part": "tower", "layer": 1}]}, "keep"),
+    ({"renumber_first_stage": True, "stages": [{"part": "decoder", "layer": 6, "keep": 9}]}, "there is no stage before decoder layer 0"),
     ({"importance": []}, "importance must be a JSON object"),
     ({"importance": {"global_threshold": -1}}, r"importance.global_threshold must be in \[0, 50\]"),
     ({"importance": {"global_threshold": 51}}, r"importance.global_threshold must be in \[0, 50\]"),

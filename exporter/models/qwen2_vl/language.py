@@ -13,6 +13,7 @@ from ....plugins.guidance import last_token_attention
 from ...schedule import Schedule, keep_count
 from ...shape import ModelShape
 from ...standard_ops import cached_causal_attention, masked_attention, rms_norm, rotary_embedding, tensor_scatter
+from .vision import PROTECTED
 
 __all__ = ["LanguageGraph"]
 
@@ -117,6 +118,8 @@ class LanguageGraph(nn.Module):
     def rank(self, layer: int, hidden: Tensor, ranking: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """What the stage before ``layer`` ranks by: float32 [S], +inf at text; (1 − β) s + β g, g the attention of the last token.
 
+        Protected tokens stay far above all others, at β = 1 too.
+
         Args:
             hidden: T [1, S, H]; ranking: float32 [S], the importance carried (s); query, key: [1, heads, S, head_dim] of the layer just computed.
         """
@@ -124,7 +127,7 @@ class LanguageGraph(nn.Module):
         if weight == 0:
             return ranking
         guide = last_token_attention(query[0, :, -1], key[0], ranking < TEXT_KEY, scale=self.shape.head_dim**-0.5)
-        return (1 - weight) * ranking + weight * guide if weight < 1 else torch.where(ranking < TEXT_KEY, guide, ranking)
+        return (1 - weight) * ranking + weight * guide if weight < 1 else torch.where(ranking < PROTECTED, guide, ranking)
 
     def _rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, head_dim/2]; each frequency turns with the axis that its M-RoPE section names."""
