@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..exporter.schedule import keep_count
-from .manifest import Engine, Segment
+from .manifest import Engine
 from .positions import ImageSurvivors
 
-__all__ = ["GenerationResult", "KvBytes", "Prepared", "StageCount", "Step", "kv_bytes", "slot_bytes", "stage_counts", "token_bytes"]
+__all__ = ["GenerationResult", "KvBytes", "Prepared", "StageCount", "Step", "held_bytes", "kv_bytes", "slot_bytes", "stage_counts", "token_bytes"]
 
 
 def stage_counts(engine: Engine, budgets: Sequence[int]) -> tuple[StageCount, ...]:
@@ -28,13 +28,13 @@ def stage_counts(engine: Engine, budgets: Sequence[int]) -> tuple[StageCount, ..
 
 def kv_bytes(engine: Engine, allocated: int) -> KvBytes:
     """Sizes of the KV caches of one request whose buffers have ``allocated`` bytes."""
-    visual = sum(segment.visual_capacity * _held_bytes(engine, segment) for segment in engine.segments)
+    visual = held_bytes(engine, [segment.visual_capacity for segment in engine.segments])
     return KvBytes(allocated, visual, engine.shape.decoder.layers * engine.limits.max_visual_tokens * token_bytes(engine))
 
 
 def slot_bytes(engine: Engine) -> int:
     """Bytes of the KV caches that one request takes, whatever it asks."""
-    return sum(segment.capacity * _held_bytes(engine, segment) for segment in engine.segments)
+    return held_bytes(engine, [segment.capacity for segment in engine.segments])
 
 
 def token_bytes(engine: Engine) -> int:
@@ -43,9 +43,10 @@ def token_bytes(engine: Engine) -> int:
     return 2 * decoder.kv_heads * decoder.head_dim * engine.itemsize
 
 
-def _held_bytes(engine: Engine, segment: Segment) -> int:
-    """What a segment holds of one token: key and value in each of its layers, and once what is added to attention scores of it."""
-    return segment.layers * token_bytes(engine) + (engine.itemsize if engine.schedule.proportional_attention else 0)
+def held_bytes(engine: Engine, tokens: Sequence[int]) -> int:
+    """What the caches hold of so many tokens in each segment: key and value a layer, and once what is added to attention scores of a token."""
+    added = engine.itemsize if engine.schedule.proportional_attention else 0
+    return sum(count * (segment.layers * token_bytes(engine) + added) for segment, count in zip(engine.segments, tokens, strict=True))
 
 
 class Step(NamedTuple):

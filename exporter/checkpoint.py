@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -79,7 +80,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated checkpoint folder; ``tensors`` by canonical name (``visual.…``, ``language_model.…``, ``lm_head.weight``)."""
+    """A validated checkpoint folder.
+
+    Attributes:
+        name: by which :func:`open_checkpoint` finds it again, from any working directory.
+        tensors: by canonical name (``visual.…``, ``language_model.…``, ``lm_head.weight``).
+    """
 
     name: str
     path: Path
@@ -145,7 +151,8 @@ def open_checkpoint(model: str) -> Checkpoint:
             name = _canonical(disk_name)
             tensors[name] = TensorInfo(file, dtype, shape)
             disk_names[name] = disk_name
-    return Checkpoint(model, path, config, tensors, disk_names)
+    name = os.path.abspath(path) if model not in ALIASES and Path(model).is_dir() else model  # found again from another working directory
+    return Checkpoint(name, path, config, tensors, disk_names)
 
 
 def _read_config(path: Path) -> Qwen2VLConfig:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...engines import SamplingParams, Session, open_engine
 from ...engines.request import prompt_lengths
-from ...engines.results import stage_counts, token_bytes
+from ...engines.results import held_bytes, stage_counts
 from ...engines.sampling import next_token
 from .measurement import Request, Timing, peak_memory_bytes, random_image
 from .subjects import SubjectSpec
@@ -43,7 +43,7 @@ class EngineSubject:
         lengths = prompt_lengths(
             engine.segments, text_tokens=prepared.text_tokens, visual_tokens=prepared.visual_positions.size, budget=prepared.budget
         )
-        in_cache = sum(segment.layers * (int(length) + request.new_tokens - 1) for segment, length in zip(engine.segments, lengths, strict=True))
+        in_cache = [int(length) + request.new_tokens - 1 for length in lengths]
         return Timing(
             vision_s=prepared.vision_seconds,
             prefill_s=after_prefill - before_prefill,
@@ -53,6 +53,6 @@ class EngineSubject:
             new_tokens=request.new_tokens,
             visual_tokens=(prepared.visual_tokens, *(stage.kept for stage in stage_counts(engine, prepared.budgets))),
             text_tokens=prepared.text_tokens,
-            kv_bytes=in_cache * token_bytes(engine),
+            kv_bytes=held_bytes(engine, in_cache),
             peak_memory_bytes=peak_memory_bytes(),
         )

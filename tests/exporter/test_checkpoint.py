@@ -53,6 +53,17 @@ def test_unknown_names_are_refused_with_the_aliases(model: str, tmp_path: Path, 
     refused(model, r"no such folder, and not a hub id \(owner/name\) or an alias \(tiny, qwen2-vl" if model else "config.json|no such folder")
 
 
+@pytest.mark.parametrize("typed", [".", "../random", "random"])
+def test_a_folder_is_found_again_from_elsewhere(random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    """An engine keeps this name, and ``verify`` asks for it."""
+    monkeypatch.chdir(random_checkpoint.parent if typed == "random" else random_checkpoint)
+    name = open_checkpoint(typed).name
+    monkeypatch.chdir(tmp_path)
+    assert open_checkpoint(name).path.samefile(random_checkpoint)
+    assert Path(name).name == "random"
+    assert open_checkpoint("tiny").name == "tiny"
+
+
 def test_a_file_is_refused_as_a_model(random_checkpoint: Path) -> None:
     refused(random_checkpoint / WEIGHTS, "is a file; give the folder that holds config.json")
 
