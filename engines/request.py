@@ -220,4 +220,4 @@ def _check_visual_tokens(engine: Engine, counts: Sequence[int]) -> None:
     built = engine.limits.max_visual_tokens
     if sum(counts) > built:
         what = f"image has {counts[0]}" if len(counts) == 1 else f"images have {sum(counts)} together"
-        raise EngineError(f"max_visual_tokens {built} built, {what}; resize (max_pixels), or rebuild with --max-visual-tokens")
+        raise EngineError(f"max_visual_tokens {built} built, {what}; resize (max_pixels) or crop, or rebuild with --max-visual-tokens")

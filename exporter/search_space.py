@@ -219,14 +219,7 @@ class SearchSpace:
                 threshold = wished
         choice = replace(choice, threshold=threshold, global_rows=Importance(threshold).global_rows if threshold else 0)
         choice = replace(choice, shrink=_largest(lambda value: affordable(replace(choice, shrink=value)), 0, KEEP_UNIT))
-        found = self._assemble(unit, choice)
-        recycles = any(stage.recycle is not None for stage in found.stages)
-        return replace(
-            found,
-            proportional_attention=MAX_PROPORTIONAL_ATTENTION * _beyond_zero(unit.get("proportional_attention", 0.0)) if recycles else 0.0,
-            guidance_weight=_beyond_zero(unit.get("guidance_weight", 0.0)),
-            recycled_importance=carried,  # type: ignore[arg-type]  # validated by Schedule
-        )
+        return replace(self._assemble(unit, choice), recycled_importance=carried)  # type: ignore[arg-type]  # validated by Schedule
 
     def _assemble(self, unit: Mapping[str, float], choice: _Choice) -> Schedule:
         """The schedule of a point with the values that budgets act on."""
@@ -247,7 +240,14 @@ class SearchSpace:
         importance = Importance(choice.threshold, weight, self._vision_layer(unit, tower), choice.score_rows)
         if choice.global_rows and not choice.threshold:  # what is only costed so far: a threshold that needs these rows
             importance = replace(importance, global_threshold=min(MAX_GLOBAL_THRESHOLD, KEEP_UNIT / choice.global_rows))
-        return Schedule(_cutting([*tower, *decoder]), importance)
+        stages = _cutting([*tower, *decoder])
+        recycles = any(stage.recycle is not None for stage in stages)
+        return Schedule(
+            stages,
+            importance,
+            guidance_weight=_beyond_zero(unit.get("guidance_weight", 0.0)),
+            proportional_attention=MAX_PROPORTIONAL_ATTENTION * _beyond_zero(unit.get("proportional_attention", 0.0)) if recycles else 0.0,
+        )
 
     def _decoder_starts(self, unit: Mapping[str, float] | None) -> tuple[int, ...]:
         """Layers of the decoder stages, from 0 on; None: any, of the right number."""
