@@ -2,7 +2,8 @@
 
 From the smallest keep up: each search also tries the point found for the keep before it, which with more to spend is seldom worse. Of the leading
 trials of several searches for a keep, the one is taken that does best on samples which none of them has seen: what a search reports is the best of
-its trials on its own samples, and with few of them several points too good (docs/quality.md).
+its trials on its own samples, and with few of them several points too good (docs/quality.md). The same samples choose its γ once more, which searches
+often leave at the end of its range.
 
 python tools/tune_presets.py --model tiny --output exporter/tuned
 """
@@ -30,6 +31,7 @@ KEEPS = (0.33, 0.22, 0.11, 0.10, 0.05)
 # Prefill FLOPs beside each keep, with tower stages. More cannot be saved for long: what the decoder keeps is what the tower must keep too.
 TOWER_FLOPS = {0.33: 0.45, 0.22: 0.35, 0.11: 0.25, 0.10: 0.25, 0.05: 0.20}
 TEXT_TOKENS = 12  # of the generated questions
+GAMMAS = (1.0, 1.5, 2.0, 2.5, 3.0)
 PART = 90  # samples that are judged at a time: each keeps its tower's states
 
 
@@ -68,13 +70,20 @@ def main() -> None:
             verdicts = judged(checkpoint, judges, [space.schedule(point) for _, point in leaders], blocks)
             search, point = leaders[int(np.argmax(verdicts))]
             found = [point]
-            choice = {"value": max(verdicts), "chosen": f"of {len(leaders)} leading trials, on {len(judges)} other samples"}
-            chosen = replace(space.schedule(point), model=checkpoint.fingerprint, provenance=search.schedule.provenance | choice)
+            chosen, value, how = space.schedule(point), max(verdicts), f"of {len(leaders)} leading trials"
+            if chosen.proportional_attention:
+                others = [replace(chosen, proportional_attention=gamma) for gamma in GAMMAS]
+                values = judged(checkpoint, judges, others, blocks)
+                how += f" and {len(others)} values of γ for the best of them"
+                if max(values) > value:
+                    chosen, value = others[int(np.argmax(values))], max(values)
+            choice = {"value": value, "chosen": f"{how}, on {len(judges)} other samples"}
+            chosen = replace(chosen, model=checkpoint.fingerprint, provenance=search.schedule.provenance | choice)
             path = args.output / f"{Path(args.model).name}-keep-{keep:.2f}{'-tower' if tower else ''}.json"
             chosen.save(path)
             searched = ", ".join(f"{search.value:.4f}" for search in searches)
             print(
-                f"{path}: overlap {max(verdicts):.4f} on other samples (least of {len(verdicts)} leading trials {min(verdicts):.4f}; searches "
+                f"{path}: overlap {value:.4f} on other samples (least of {len(verdicts)} leading trials {min(verdicts):.4f}; searches "
                 f"reported {searched}), FLOPs {space.flops_share(chosen):.3f}, {time.monotonic() - began:.0f} s",
                 flush=True,
             )
