@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .console import err, one_line_errors, progress_bar
 from .presets import PRESET_NAMES
+from .schedule import ScheduleError
 from .tensorrt_llm import TENSORRT_LLM, search_for_tensorrt_llm
 
 __all__ = ["evaluate", "tune"]
@@ -63,49 +64,59 @@ def evaluate(
     with one_line_errors():
         from ..engines import Session, open_engine
         from .data import generated_samples, read_samples
-        from .evaluate import evaluate_candidates, evaluate_session
+        from .evaluate import check_reference, evaluate_candidates, evaluate_session
+        from .plots import NOTHING_TO_PLOT, check_plot, evaluation_plot
         from .report import evaluation_tables
         from .tiny.scenes import KINDS
         from .tiny.trained import BENCH_KINDS
 
+        if plot is not None:
+            check_plot(plot)
         chosen = kinds.split(",") if kinds else list(BENCH_KINDS)
         unknown = [kind for kind in chosen if kind not in KINDS]
         if unknown:
             raise click.UsageError(f"--kinds: {unknown[0]!r} is unknown; one of {', '.join(KINDS)}")
         questions = read_samples(data, labelled=False) if data is not None else list(generated_samples(samples, chosen, side))
+        if plot is not None and engine_paths and reference is None and not any(question.answer for question in questions):
+            raise ScheduleError(NOTHING_TO_PLOT)
+        engines = [open_engine(path) for path in engine_paths]  # all that can be wrong is found before anything is asked
+        whole = open_engine(reference) if reference is not None else None
+        if whole is not None:
+            for engine in engines:
+                check_reference(engine, whole)
         results = []
         with progress_bar() as progress:
-            unpruned = Session(open_engine(reference), provider=provider, threads=threads) if reference is not None else None
-            for path in engine_paths:
-                session = Session(open_engine(path), provider=provider, threads=threads)
-                results.append(evaluate_session(session, questions, name=str(path), reference=unpruned, progress=progress))
             if model is not None:
                 import torch
 
                 from .candidates import method_candidates, schedule_candidates
                 from .checkpoint import open_checkpoint
+                from .models.qwen2_vl import model_shape
                 from .reference import ReferenceModel
 
                 if threads is not None:
                     torch.set_num_threads(threads)
                 progress("open checkpoint", 0.0)
                 checkpoint = open_checkpoint(model)
-                loaded = ReferenceModel(checkpoint)
-                candidates, refused = method_candidates(methods, keeps, loaded.shape, checkpoint.fingerprint)
-                candidates += schedule_candidates(schedule_files, loaded.shape, checkpoint.fingerprint)
+                shape = model_shape(checkpoint.config)
+                candidates, refused = method_candidates(methods, keeps, shape, checkpoint.fingerprint)
+                candidates += schedule_candidates(schedule_files, shape, checkpoint.fingerprint)
                 for reason in refused:
                     err.print(f"left out: {reason}", highlight=False)
-                results += evaluate_candidates(loaded, candidates, questions, progress=progress)
-        if plot is not None:
-            from .plots import evaluation_plot
-
-            evaluation_plot(results, plot)
+            unpruned = Session(whole, provider=provider, threads=threads) if whole is not None else None
+            for path, engine in zip(engine_paths, engines, strict=True):
+                session = Session(engine, provider=provider, threads=threads)
+                results.append(evaluate_session(session, questions, name=str(path), reference=unpruned, progress=progress))
+            if model is not None:
+                results += evaluate_candidates(ReferenceModel(checkpoint), candidates, questions, progress=progress)
         if as_json:
             for result in results:
                 click.echo(json.dumps(result.to_dict()))
         else:
             for table in evaluation_tables(results):
                 Console().print(table)
+        if plot is not None:
+            evaluation_plot(results, plot)
 
 
 @click.command()
@@ -159,11 +170,16 @@ def tune(
         from .data import CALIBRATION_SEED, generated_samples, read_samples
         from .front import write_front
         from .models.qwen2_vl import model_shape
+        from .outputs import check_file, check_folder
         from .report import front_table, schedule_lines
         from .search_space import Budget, SearchSpace, parse_bytes
         from .tiny.trained import BENCH_KINDS
         from .tune import FlowObjective, Measure, Resource, tune_front, tune_schedule
 
+        if pareto is not None:
+            check_folder(output)
+        else:
+            check_file(output, "schedule")
         tokens = max(1, side // 28)
         budget = Budget(keep, parse_bytes(kv_budget) if kv_budget else None, prefill_flops, tokens, tokens, text_tokens)
         calibration = (

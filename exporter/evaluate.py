@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..engines.errors import EngineError
+from ..engines.manifest import Engine
 from ..engines.results import Prepared, stage_counts
 from ..engines.results import kv_bytes as kv_cache_bytes
 from ..engines.session import Session
@@ -28,7 +30,7 @@ from .shared_tower import SharedTower, embed_plainly
 if TYPE_CHECKING:
     from .methods import Method
 
-__all__ = ["Agreement", "Candidate", "Evaluation", "Score", "evaluate_candidates", "evaluate_session", "wilson_interval"]
+__all__ = ["Agreement", "Candidate", "Evaluation", "Score", "check_reference", "evaluate_candidates", "evaluate_session", "wilson_interval"]
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 MAX_ANSWER_TOKENS = 64
@@ -144,6 +146,20 @@ class _Tally:
         )
 
 
+def check_reference(engine: Engine, reference: Engine) -> None:
+    """Refuse what an engine cannot be compared with.
+
+    Raises:
+        EngineError: ``reference`` is pruned itself, or of another model.
+    """
+    if reference.schedule.stages:
+        raise EngineError(
+            f"--reference {reference.path}: drops visual tokens itself ({len(reference.schedule.stages)} stages); build one without --keep"
+        )
+    if reference.model_fingerprint != engine.model_fingerprint:
+        raise EngineError(f"--reference {reference.path}: not of the model of {engine.path}; build one from the same checkpoint")
+
+
 def evaluate_session(
     session: Session,
     data: Sequence[LabelledSample],
@@ -152,8 +168,14 @@ def evaluate_session(
     reference: Session | None = None,
     progress: Progress = lambda phase, share: None,
 ) -> Evaluation:
-    """Ask an engine every question, greedily; ``reference`` is an unpruned engine of the same model, to state agreement with."""
+    """Ask an engine every question, greedily; ``reference`` is an unpruned engine of the same model, to state agreement with.
+
+    Raises:
+        EngineError: as :func:`check_reference`.
+    """
     tally, engine = _Tally(), session.engine
+    if reference is not None:
+        check_reference(engine, reference.engine)
     for number, sample in enumerate(data):
         progress(f"evaluate {name}", number / len(data))
         prepared = session.prepare(sample.prompt, sample.images)

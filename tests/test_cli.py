@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -16,6 +17,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from support import DECODER_STAGES, picture
 from vflow.engines import Engine, open_engine
+from vflow.exporter import evaluate as evaluation
+from vflow.exporter import plots
 from vflow.exporter.cli import main
 from vflow.exporter.schedule import Schedule, load_schedule
 
@@ -358,6 +361,22 @@ def test_tune_refuses_what_it_cannot_do(
     assert not (tmp_path / "s.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "{folder}/none/s.json"], "none: no such folder for the schedule"),
+        (["--output", "{folder}"], "is a folder; name a file for the schedule"),
+        (["--output", "{folder}", "--pareto", "flops"], "is not an empty folder; choose another --output"),
+        (["--output", "{folder}/file/front", "--pareto", "flops"], "no folder can be made in "),
+    ],
+)
+def test_tune_looks_at_its_output_before_it_works(call: Callable[..., Result], tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    options = [option.format(folder=tmp_path) for option in options]
+    refused(call("tune", "--model", "no such model", "--keep", 0.4, *options), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_tune_refuses_a_study_of_another_search(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
     common = (
         "tune",
@@ -386,6 +405,49 @@ def test_evaluate_compares_engines_and_methods(call: Callable[..., Result], engi
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
     table = call("evaluate", engine.path, "--data", data)
     assert "2 questions, share of right answers" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "{folder}/none/p.png"], "none: no such folder for the plot"),
+        (["--plot", "{folder}/p.xyz"], "end its name in .png, .svg or .pdf"),
+        (["--plot", "{folder}/p.png", "--data", "{folder}/data.jsonl"], "nothing to plot: the data has no answers and no --reference was given"),
+    ],
+)
+def test_evaluate_looks_at_its_options_before_it_works(call: Callable[..., Result], tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "what is there ?"}\n')
+    refused(call("evaluate", "no such engine", *(option.format(folder=tmp_path) for option in options)), message)
+
+
+def test_evaluate_finds_what_it_cannot_evaluate_before_it_asks_anything(
+    call: Callable[..., Result], engine: Engine, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "evaluate_session", lambda *_, **__: pytest.fail("asked"))
+    refused(call("evaluate", engine.path, "no such engine"), "no such engine: no such engine directory")
+    refused(call("evaluate", engine.path, "--model", random_checkpoint, "--method", "magic", "--keep", 0.1), "unknown method 'magic'")
+
+
+def test_evaluate_refuses_a_reference_that_is_not_the_whole_model(
+    call: Callable[..., Result], build: Callable[..., Engine], engine: Engine, untied_checkpoint: Path
+) -> None:
+    refused(call("evaluate", engine.path, "--reference", engine.path), "drops visual tokens itself (2 stages); build one without --keep")
+    other = build(untied_checkpoint, Schedule())
+    refused(
+        call("evaluate", engine.path, "--reference", other.path),
+        f"{other.path}: not of the model of {engine.path}; build one from the same checkpoint",
+    )
+
+
+def test_evaluate_prints_before_it_plots(call: Callable[..., Result], engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "plot.svg")
+
+    monkeypatch.setattr(plots, "_save", fail)
+    result = call("evaluate", engine.path, "--data", write_data(tmp_path), "--plot", tmp_path / "plot.svg", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["name"] == str(engine.path)
+    assert "plot.svg: No space left on device" in result.stderr
 
 
 @pytest.mark.parametrize(
