@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from ..engines.graphs import RUNTIMES
 from ..engines.manifest import PRECISIONS, WEIGHTS
@@ -16,7 +15,7 @@ from .cli_bench import bench
 from .cli_quality import evaluate, tune
 from .cli_serve import serve
 from .cli_triton import triton_repository
-from .console import one_line_errors, progress_bar, stop_on_signals
+from .console import one_line_errors, print_tables, progress_bar, stop_on_signals
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS, DEFAULT_PRESET, PRESET_NAMES, preset_schedule, tuned_schedule
 from .tensorrt_llm import SCRIPT_FILE, TENSORRT_LLM, schedule_for_tensorrt_llm
 
@@ -110,7 +109,7 @@ def build(
         with progress_bar() as progress:
             options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force, capabilities, engines_for, weights)
             engine = build_engine(checkpoint, schedule or unpruned_schedule(), output, options, progress=progress)
-        Console().print(build_table(engine))
+        print_tables(build_table(engine))
         click.echo(f"schedule   {origin}")
         click.echo(f"engine     {output}")
         click.echo(f"try next   vflow-export run {output} --image FILE --prompt TEXT")
@@ -197,7 +196,7 @@ def verify(
             values = {"passed": passed, "findings": [vars(f) for f in findings], "parting": vars(parting) if parting else None}
             click.echo(json.dumps(values))
         else:
-            Console().print(verify_table(engine, findings, len(inputs), time.monotonic() - began))
+            print_tables(verify_table(engine, findings, len(inputs), time.monotonic() - began))
             if bisecting and not passed:
                 click.echo(
                     parting or "No node of the graphs differs from what it computes without optimisation: the graphs are not those of the model."

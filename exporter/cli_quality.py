@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from .console import err, one_line_errors, progress_bar
+from .console import err, one_line_errors, print_tables, progress_bar
 from .presets import PRESET_NAMES
 from .schedule import ScheduleError
 from .tensorrt_llm import TENSORRT_LLM, search_for_tensorrt_llm
@@ -102,7 +101,7 @@ def evaluate(
                 candidates, refused = method_candidates(methods, keeps, shape, checkpoint.fingerprint)
                 candidates += schedule_candidates(schedule_files, shape, checkpoint.fingerprint)
                 for reason in refused:
-                    err.print(f"left out: {reason}", highlight=False)
+                    err.print(f"left out: {reason}", soft_wrap=True)
             unpruned = Session(whole, provider=provider, threads=threads) if whole is not None else None
             for path, engine in zip(engine_paths, engines, strict=True):
                 session = Session(engine, provider=provider, threads=threads)
@@ -113,8 +112,7 @@ def evaluate(
             for result in results:
                 click.echo(json.dumps(result.to_dict()))
         else:
-            for table in evaluation_tables(results):
-                Console().print(table)
+            print_tables(*evaluation_tables(results))
         if plot is not None:
             evaluation_plot(results, plot)
 
@@ -210,7 +208,7 @@ def tune(
                 front = tune_front(flow, space, resource, **search)
         if pareto is not None:
             write_front(front, output, resource, measure)
-            Console().print(front_table(front, resource, measure))
+            print_tables(front_table(front, resource, measure))
             click.echo(f"wrote {output}: a schedule a row, front.json" + (" and front.png" if (output / "front.png").exists() else ""))
             return
         result.schedule.save(output)

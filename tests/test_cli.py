@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -405,6 +406,34 @@ def test_evaluate_compares_engines_and_methods(call: Callable[..., Result], engi
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
     table = call("evaluate", engine.path, "--data", data)
     assert "2 questions, share of right answers" in table.stdout
+
+
+def test_names_with_brackets_and_colons_are_printed_as_they_are(call: Callable[..., Result], engine: Engine, tmp_path: Path) -> None:
+    """Both are markup to rich; ``[/b]`` closes what nobody has opened."""
+    first, second = tmp_path / "[bold]:key:", tmp_path / "o[" / "b]"
+    for path in (first, second):
+        shutil.copytree(engine.path, path)
+    evaluated = call("evaluate", first, second, "--data", write_data(tmp_path), "--threads", 1)
+    assert evaluated.exit_code == 0, evaluated.output
+    for path in (first, second):
+        assert str(path) in evaluated.stdout
+        assert f"evaluate {path} ..." in evaluated.stderr.splitlines()
+    timed = call("bench", first, second, "--side", 48, "--new-tokens", 1, "--repeats", 1, "--warm-up", 0, "--threads", 1)
+    assert timed.exit_code == 0, timed.output
+    assert "times faster than [bold]:key:" in timed.stdout
+    assert "b]" in timed.stdout
+
+
+def test_tables_are_not_folded_where_no_terminal_limits_them(
+    call: Callable[..., Result], copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = copy.rename(tmp_path / ("long" * 20))
+    result = call("evaluate", path, "--data", write_data(tmp_path))
+    (row,) = (line for line in result.stdout.splitlines() if str(path) in line)
+    assert re.search(r" \d\.\d{3} +\d\.\d{3} +[\d.]+ \w+ +20 → 5 +\d\.\d{3} +\d\.\d{3}–\d\.\d{3}", row)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert all(len(line) <= 60 for line in call("evaluate", path, "--data", tmp_path / "data.jsonl").stdout.splitlines())
 
 
 @pytest.mark.parametrize(

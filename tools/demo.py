@@ -58,7 +58,7 @@ def main(paths: list[str]) -> int:
         costs.add_row(label, *(f"{1e3 * float(np.median([getattr(r, name) for r in taken])):.0f} ms" for taken in results))
     speeds = [[r.tokens_per_s for r in taken if r.tokens_per_s is not None] for taken in results]
     costs.add_row("decoding", *(f"{np.median(values):.0f} tokens/s" for values in speeds))
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(answers)
     console.print(costs)
     right = sum(r.text == q.answer for r, q in zip(results[-1], questions, strict=True))
