@@ -75,11 +75,13 @@ def print_tables(*tables: Table) -> None:
 
 
 def stop_on_signals() -> None:
-    """Let SIGTERM and Ctrl-C stop a command so that it cleans up; SIGINT stays ignored where it is, as under nohup."""
+    """Let SIGTERM, Ctrl-C and a terminal that goes away stop a command so that it cleans up; what is ignored stays so, as SIGHUP under nohup."""
     _stopped.clear()
     signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _interrupt)
+    for name in ("SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> None:

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
-from support import DECODER_STAGES, picture
+from support import DECODER_STAGES, HANDLED_SIGNALS, picture
 from vflow.engines import Engine, open_engine
 from vflow.exporter import evaluate as evaluation
 from vflow.exporter import plots
@@ -30,7 +30,7 @@ PROMPT = ["--prompt", "how many objects are there ?"]
 @pytest.fixture
 def call() -> Iterator[Callable[..., Result]]:
     """``call("run", …)``: the command in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     yield lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
     for number, handler in handlers.items():
         signal.signal(number, handler)
