@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from support import DECODER_STAGES, HANDLED_SIGNALS, picture
 from vflow.engines import Engine, open_engine
+from vflow.exporter import cli, plots
 from vflow.exporter import evaluate as evaluation
-from vflow.exporter import plots
 from vflow.exporter.cli import main
 from vflow.exporter.schedule import Schedule, load_schedule
 
@@ -87,6 +88,16 @@ def test_build_writes_an_engine_and_says_what_it_saves(
 
     again = call("build", "--model", random_checkpoint, "--output", output, *LIMITS)
     refused(again, "exists already; choose another folder or use --force")
+
+
+def test_build_with_keep_1_prunes_nothing_and_asks_nothing(
+    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    result = call("build", "--model", random_checkpoint, "--keep", 1, "--output", tmp_path / "engine", *LIMITS)
+    assert result.exit_code == 0, result.output
+    assert "schedule   none, nothing is pruned" in result.stdout.splitlines()
+    assert open_engine(tmp_path / "engine").schedule == Schedule()
 
 
 @pytest.mark.parametrize(
