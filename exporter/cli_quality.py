@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,8 @@ def tune(
     count, beyond = trials or usual_trials, preset is None
     wants_tower = (prefill_flops is not None or pareto == "flops") if tower is None else tower
     with one_line_errors():
+        from ..engines.preprocess import smart_resize
+        from .build import image_processor
         from .checkpoint import open_checkpoint
         from .data import CALIBRATION_SEED, generated_samples, read_samples
         from .front import write_front
@@ -178,8 +181,7 @@ def tune(
             check_folder(output)
         else:
             check_file(output, "schedule")
-        tokens = max(1, side // 28)
-        budget = Budget(keep, parse_bytes(kv_budget) if kv_budget else None, prefill_flops, tokens, tokens, text_tokens)
+        budget = Budget(keep, parse_bytes(kv_budget) if kv_budget else None, prefill_flops, text_tokens=text_tokens)
         calibration = (
             read_samples(data, labelled=False, images_required=True)[:samples]
             if data
@@ -189,6 +191,9 @@ def tune(
             progress("open checkpoint", 0.0)
             checkpoint = open_checkpoint(model)
             shape = model_shape(checkpoint.config)
+            processor = image_processor(checkpoint)  # which also scales what the search looks at
+            height, width = smart_resize(side, side, factor=processor.factor, min_pixels=processor.min_pixels, max_pixels=processor.max_pixels)
+            budget = replace(budget, rows=height // processor.factor, columns=width // processor.factor)
             space = SearchSpace.for_model(
                 shape, budget, tower=beyond and wants_tower, guidance=beyond if guidance is None else guidance, paper=not beyond
             )

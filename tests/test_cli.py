@@ -333,6 +333,17 @@ def test_tune_writes_a_schedule_that_build_takes(call: Callable[..., Result], ra
     assert f"schedule   from {output}" in built.stdout
 
 
+@pytest.mark.parametrize(("side", "tokens"), [(44, 6), (140, 8)])  # of 8 pixels, to the nearest; the checkpoint takes at most 64 of them
+def test_tune_counts_its_budget_for_the_picture_as_the_checkpoint_scales_it(
+    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path, side: int, tokens: int
+) -> None:
+    result = call("tune", "--model", random_checkpoint, "--data", write_data(tmp_path), "--kv-budget", "2KiB", "--output", tmp_path / "s.json",
+                  "--trials", 1, "--side", side)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    budget = load_schedule(tmp_path / "s.json").provenance["budget"]
+    assert (budget["rows"], budget["columns"]) == (tokens, tokens)
+
+
 def test_tune_writes_a_front_of_schedules(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
     data, output = write_data(tmp_path), tmp_path / "front"
     arguments = ("tune", "--model", random_checkpoint, "--data", data, "--pareto", "kv", "--output", output, *SMALL)
@@ -355,6 +366,7 @@ def test_tune_writes_a_front_of_schedules(call: Callable[..., Result], random_ch
         (["--keep", "0.0005"], "less than 1/1024 of the visual tokens", 1),
         (["--kv-budget", "10B"], "less than 1/1024 of the visual tokens (or less than one)", 1),
         (["--kv-budget", "much"], "is not a size", 1),
+        (["--keep", "0"], "--keep must be above 0 and at most 1", 1),
         (["--keep", "0.1", "--prefill-flops", "0.0001"], "cannot be met with these stages", 1),
         (["--keep", "0.1", "--pareto", "kv"], "leave out --keep", 1),
         (["--keep", "0.1", "--data", "{empty}"], "no samples", 1),
