@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -113,9 +114,10 @@ def build(
         print_tables(build_table(engine))
         click.echo(f"schedule   {origin}")
         click.echo(f"engine     {output}")
-        click.echo(f"try next   vflow-export run {output} --image FILE --prompt TEXT")
+        click.echo(f"try next   vflow-export run {quote(str(output))} --image FILE --prompt TEXT")
         if TENSORRT_LLM in engines_for:
-            click.echo(f"           python {output / SCRIPT_FILE} {checkpoint.path} --image FILE --prompt TEXT")
+            script, source = quote(str(output / SCRIPT_FILE)), quote(str(checkpoint.path))
+            click.echo(f"           python {script} {source} --image FILE --prompt TEXT")
 
 
 @main.command()

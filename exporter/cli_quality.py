@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -222,4 +223,4 @@ def tune(
         click.echo(f"prefill FLOPs {space.flops_share(result.schedule):.3f} of the unpruned at {side}×{side}")
         click.echo(f"mean {measure} {result.value:.4f} after {result.trials} trials; wrote {output}")
         runtime = f" --target {target}" if target is not None else ""
-        click.echo(f"try next   vflow-export build --model {model} --schedule {output}{runtime} --output DIR")
+        click.echo(f"try next   vflow-export build --model {quote(model)} --schedule {quote(str(output))}{runtime} --output DIR")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -98,6 +99,29 @@ def test_build_with_keep_1_prunes_nothing_and_asks_nothing(
     assert result.exit_code == 0, result.output
     assert "schedule   none, nothing is pruned" in result.stdout.splitlines()
     assert open_engine(tmp_path / "engine").schedule == Schedule()
+
+
+def pasted(result: Result) -> list[list[str]]:
+    """What a shell makes of the commands that are told to be tried next, those below it included."""
+    lines = result.stdout.splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("try next"))
+    return [shlex.split(line.removeprefix("try next")) for line in lines[first:]]
+
+
+def test_what_to_try_next_can_be_pasted_whatever_the_paths(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "it's mine; $HOME"
+    folder.mkdir()
+    model, data, schedule, engine, repository = (folder / name for name in ("a model", "data", "a schedule.json", "an engine", "models"))
+    shutil.copytree(random_checkpoint, model)
+    data.mkdir()
+    tuned = call("tune", "--model", model, "--data", write_data(data), "--keep", 0.4, "--output", schedule, *SMALL)
+    assert pasted(tuned) == [["vflow-export", "build", "--model", str(model), "--schedule", str(schedule), "--output", "DIR"]]
+    built = call("build", "--model", model, "--keep", 0.4, "--output", engine, "--target", "tensorrt-llm", *LIMITS)
+    ask = ["--image", "FILE", "--prompt", "TEXT"]
+    script = engine / "tensorrt-llm" / "generate.py"
+    assert pasted(built) == [["vflow-export", "run", str(engine), *ask], ["python", str(script), str(model), *ask]]
+    served = call("triton-repository", engine, "--output", repository)
+    assert pasted(served) == [["tritonserver", f"--model-repository={repository}"]]
 
 
 @pytest.mark.parametrize(

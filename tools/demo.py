@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from PIL import Image
@@ -64,7 +65,7 @@ def main(paths: list[str]) -> int:
     right = sum(r.text == q.answer for r, q in zip(results[-1], questions, strict=True))
     left = last[-1].stages[-1].kept if last[-1].stages else last[-1].visual_tokens
     console.print(f"{right} of {len(questions)} answers right with {left} of {last[-1].visual_tokens} visual tokens left. Ask your own:")
-    console.print(f'vflow-export run {paths[-1]} --image {PICTURE} --prompt "..."', soft_wrap=True)
+    console.print(f'vflow-export run {quote(paths[-1])} --image {PICTURE} --prompt "..."', soft_wrap=True)
     return 0 if 2 * right >= len(questions) else 1
 
 
