@@ -152,9 +152,7 @@ def check_reference(engine: Engine, reference: Engine) -> None:
         EngineError: ``reference`` is pruned itself, or of another model.
     """
     if reference.schedule.stages:
-        raise EngineError(
-            f"--reference {reference.path}: drops visual tokens itself ({len(reference.schedule.stages)} stages); build one without --keep"
-        )
+        raise EngineError(f"--reference {reference.path}: drops visual tokens itself; build one without --keep")
     if reference.model_fingerprint != engine.model_fingerprint:
         raise EngineError(f"--reference {reference.path}: not of the model of {engine.path}; build one from the same checkpoint")
 

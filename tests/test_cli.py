@@ -507,7 +507,7 @@ def test_evaluate_finds_what_it_cannot_evaluate_before_it_asks_anything(
 def test_evaluate_refuses_a_reference_that_is_not_the_whole_model(
     call: Callable[..., Result], build: Callable[..., Engine], engine: Engine, untied_checkpoint: Path
 ) -> None:
-    refused(call("evaluate", engine.path, "--reference", engine.path), "drops visual tokens itself (2 stages); build one without --keep")
+    refused(call("evaluate", engine.path, "--reference", engine.path), "drops visual tokens itself; build one without --keep")
     other = build(untied_checkpoint, Schedule())
     refused(
         call("evaluate", engine.path, "--reference", other.path),
