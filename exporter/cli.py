@@ -6,9 +6,9 @@ import json
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 
 import click
-from rich.console import Console
 
 from ..engines.graphs import RUNTIMES
 from ..engines.manifest import PRECISIONS, WEIGHTS
@@ -16,7 +16,7 @@ from .cli_bench import bench
 from .cli_quality import evaluate, tune
 from .cli_serve import serve
 from .cli_triton import triton_repository
-from .console import one_line_errors, progress_bar, stop_on_signals
+from .console import one_line_errors, print_tables, progress_bar, stop_on_signals
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS, DEFAULT_PRESET, PRESET_NAMES, preset_schedule, tuned_schedule
 from .tensorrt_llm import SCRIPT_FILE, TENSORRT_LLM, schedule_for_tensorrt_llm
 
@@ -98,8 +98,9 @@ def build(
             tuned = tuned_schedule(checkpoint.fingerprint, keep) is not None
             name = preset or ("tuned" if tuned else DEFAULT_PRESET)
             schedule = preset_schedule(name, model_shape(checkpoint.config), keep, fingerprint=checkpoint.fingerprint)
-            origin = f"preset {name}, " + ("tuned for this model" if schedule.provenance.get("tuned", True) else "not tuned for this model")
-            if preset is None and not tuned and sys.stdin.isatty():
+            if schedule.stages:  # none at keep 1
+                origin = f"preset {name}, " + ("tuned for this model" if schedule.provenance.get("tuned", True) else "not tuned for this model")
+            if schedule.stages and preset is None and not tuned and sys.stdin.isatty():
                 question = f"No schedule is tuned for keep {keep:g} (vflow-export tune makes one). Build with the untuned preset {name}?"
                 click.confirm(question, default=True, abort=True, err=True)
             if TENSORRT_LLM in engines_for:
@@ -110,12 +111,13 @@ def build(
         with progress_bar() as progress:
             options = BuildOptions(precision, max_visual_tokens, max_text_tokens, force, capabilities, engines_for, weights)
             engine = build_engine(checkpoint, schedule or unpruned_schedule(), output, options, progress=progress)
-        Console().print(build_table(engine))
+        print_tables(build_table(engine))
         click.echo(f"schedule   {origin}")
         click.echo(f"engine     {output}")
-        click.echo(f"try next   vflow-export run {output} --image FILE --prompt TEXT")
+        click.echo(f"try next   vflow-export run {quote(str(output))} --image FILE --prompt TEXT")
         if TENSORRT_LLM in engines_for:
-            click.echo(f"           python {output / SCRIPT_FILE} {checkpoint.path} --image FILE --prompt TEXT")
+            script, source = quote(str(output / SCRIPT_FILE)), quote(str(checkpoint.path))
+            click.echo(f"           python {script} {source} --image FILE --prompt TEXT")
 
 
 @main.command()
@@ -197,7 +199,7 @@ def verify(
             values = {"passed": passed, "findings": [vars(f) for f in findings], "parting": vars(parting) if parting else None}
             click.echo(json.dumps(values))
         else:
-            Console().print(verify_table(engine, findings, len(inputs), time.monotonic() - began))
+            print_tables(verify_table(engine, findings, len(inputs), time.monotonic() - began))
             if bisecting and not passed:
                 click.echo(
                     parting or "No node of the graphs differs from what it computes without optimisation: the graphs are not those of the model."

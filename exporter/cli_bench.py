@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .bench.subjects import BASELINES
-from .console import one_line_errors, progress_bar
+from .console import one_line_errors, print_tables, progress_bar
 
 __all__ = ["bench"]
 
@@ -78,9 +77,7 @@ def bench(
         if as_json:
             click.echo(json.dumps(values))
             return
-        console = Console()
-        for table in bench_tables(measured, engines):
-            console.print(table)
+        print_tables(*bench_tables(measured, engines))
         machine = values["machine"]
         versions = {name: version for result in measured for name, version in result.versions.items()}
         click.echo(f"{machine['date']}, {machine['processor']}, {machine['threads']} of {machine['cores']} cores, Python {machine['python']}, "

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
-from rich.console import Console
 
-from .console import err, one_line_errors, progress_bar
+from .console import err, one_line_errors, print_tables, progress_bar
 from .presets import PRESET_NAMES
+from .schedule import ScheduleError
 from .tensorrt_llm import TENSORRT_LLM, search_for_tensorrt_llm
 
 __all__ = ["evaluate", "tune"]
@@ -63,49 +65,58 @@ def evaluate(
     with one_line_errors():
         from ..engines import Session, open_engine
         from .data import generated_samples, read_samples
-        from .evaluate import evaluate_candidates, evaluate_session
+        from .evaluate import check_reference, evaluate_candidates, evaluate_session
+        from .plots import NOTHING_TO_PLOT, check_plot, evaluation_plot
         from .report import evaluation_tables
         from .tiny.scenes import KINDS
         from .tiny.trained import BENCH_KINDS
 
+        if plot is not None:
+            check_plot(plot)
         chosen = kinds.split(",") if kinds else list(BENCH_KINDS)
         unknown = [kind for kind in chosen if kind not in KINDS]
         if unknown:
             raise click.UsageError(f"--kinds: {unknown[0]!r} is unknown; one of {', '.join(KINDS)}")
         questions = read_samples(data, labelled=False) if data is not None else list(generated_samples(samples, chosen, side))
+        if plot is not None and engine_paths and reference is None and not any(question.answer for question in questions):
+            raise ScheduleError(NOTHING_TO_PLOT)
+        engines = [open_engine(path) for path in engine_paths]  # all that can be wrong is found before anything is asked
+        whole = open_engine(reference) if reference is not None else None
+        if whole is not None:
+            for engine in engines:
+                check_reference(engine, whole)
         results = []
         with progress_bar() as progress:
-            unpruned = Session(open_engine(reference), provider=provider, threads=threads) if reference is not None else None
-            for path in engine_paths:
-                session = Session(open_engine(path), provider=provider, threads=threads)
-                results.append(evaluate_session(session, questions, name=str(path), reference=unpruned, progress=progress))
             if model is not None:
                 import torch
 
                 from .candidates import method_candidates, schedule_candidates
                 from .checkpoint import open_checkpoint
+                from .models.qwen2_vl import model_shape
                 from .reference import ReferenceModel
 
                 if threads is not None:
                     torch.set_num_threads(threads)
                 progress("open checkpoint", 0.0)
                 checkpoint = open_checkpoint(model)
-                loaded = ReferenceModel(checkpoint)
-                candidates, refused = method_candidates(methods, keeps, loaded.shape, checkpoint.fingerprint)
-                candidates += schedule_candidates(schedule_files, loaded.shape, checkpoint.fingerprint)
+                shape = model_shape(checkpoint.config)
+                candidates, refused = method_candidates(methods, keeps, shape, checkpoint.fingerprint)
+                candidates += schedule_candidates(schedule_files, shape, checkpoint.fingerprint)
                 for reason in refused:
-                    err.print(f"left out: {reason}", highlight=False)
-                results += evaluate_candidates(loaded, candidates, questions, progress=progress)
-        if plot is not None:
-            from .plots import evaluation_plot
-
-            evaluation_plot(results, plot)
+                    err.print(f"left out: {reason}", soft_wrap=True)
+            unpruned = Session(whole, provider=provider, threads=threads) if whole is not None else None
+            for path, engine in zip(engine_paths, engines, strict=True):
+                session = Session(engine, provider=provider, threads=threads)
+                results.append(evaluate_session(session, questions, name=str(path), reference=unpruned, progress=progress))
+            if model is not None:
+                results += evaluate_candidates(ReferenceModel(checkpoint), candidates, questions, progress=progress)
         if as_json:
             for result in results:
                 click.echo(json.dumps(result.to_dict()))
         else:
-            for table in evaluation_tables(results):
-                Console().print(table)
+            print_tables(*evaluation_tables(results))
+        if plot is not None:
+            evaluation_plot(results, plot)
 
 
 @click.command()
@@ -155,17 +166,23 @@ def tune(
     count, beyond = trials or usual_trials, preset is None
     wants_tower = (prefill_flops is not None or pareto == "flops") if tower is None else tower
     with one_line_errors():
+        from ..engines.preprocess import smart_resize
+        from .build import image_processor
         from .checkpoint import open_checkpoint
         from .data import CALIBRATION_SEED, generated_samples, read_samples
         from .front import write_front
         from .models.qwen2_vl import model_shape
+        from .outputs import check_file, check_folder
         from .report import front_table, schedule_lines
         from .search_space import Budget, SearchSpace, parse_bytes
         from .tiny.trained import BENCH_KINDS
         from .tune import FlowObjective, Measure, Resource, tune_front, tune_schedule
 
-        tokens = max(1, side // 28)
-        budget = Budget(keep, parse_bytes(kv_budget) if kv_budget else None, prefill_flops, tokens, tokens, text_tokens)
+        if pareto is not None:
+            check_folder(output)
+        else:
+            check_file(output, "schedule")
+        budget = Budget(keep, parse_bytes(kv_budget) if kv_budget else None, prefill_flops, text_tokens=text_tokens)
         calibration = (
             read_samples(data, labelled=False, images_required=True)[:samples]
             if data
@@ -175,6 +192,9 @@ def tune(
             progress("open checkpoint", 0.0)
             checkpoint = open_checkpoint(model)
             shape = model_shape(checkpoint.config)
+            processor = image_processor(checkpoint)  # which also scales what the search looks at
+            height, width = smart_resize(side, side, factor=processor.factor, min_pixels=processor.min_pixels, max_pixels=processor.max_pixels)
+            budget = replace(budget, rows=height // processor.factor, columns=width // processor.factor)
             space = SearchSpace.for_model(
                 shape, budget, tower=beyond and wants_tower, guidance=beyond if guidance is None else guidance, paper=not beyond
             )
@@ -194,7 +214,7 @@ def tune(
                 front = tune_front(flow, space, resource, **search)
         if pareto is not None:
             write_front(front, output, resource, measure)
-            Console().print(front_table(front, resource, measure))
+            print_tables(front_table(front, resource, measure))
             click.echo(f"wrote {output}: a schedule a row, front.json" + (" and front.png" if (output / "front.png").exists() else ""))
             return
         result.schedule.save(output)
@@ -203,4 +223,4 @@ def tune(
         click.echo(f"prefill FLOPs {space.flops_share(result.schedule):.3f} of the unpruned at {side}×{side}")
         click.echo(f"mean {measure} {result.value:.4f} after {result.trials} trials; wrote {output}")
         runtime = f" --target {target}" if target is not None else ""
-        click.echo(f"try next   vflow-export build --model {model} --schedule {output}{runtime} --output DIR")
+        click.echo(f"try next   vflow-export build --model {quote(model)} --schedule {quote(str(output))}{runtime} --output DIR")

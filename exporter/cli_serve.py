@@ -66,5 +66,5 @@ def serve(
             batcher = Batcher(open_engine(engine_path), slots=slots, kv_memory=memory, queue_limit=queue_limit, provider=provider, threads=threads)
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
             ready = f"ready at {address}: {batcher.slots} slots, {batcher.stats().kv_bytes / 2**20:.1f} MiB of KV caches"
-            run(batcher, listener, options, drain=drain, on_ready=lambda: err.print(ready, highlight=False))
-            err.print("stopped", highlight=False)
+            run(batcher, listener, options, drain=drain, on_ready=lambda: err.print(ready, soft_wrap=True))
+            err.print("stopped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -59,4 +60,4 @@ def triton_repository(
                 raise
         for folder in folders:
             click.echo(f"model      {folder}")
-        click.echo(f"try next   tritonserver --model-repository={output}")
+        click.echo(f"try next   tritonserver --model-repository={quote(str(output))}")

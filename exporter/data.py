@@ -51,7 +51,7 @@ def read_samples(path: Path, *, labelled: bool = True, images_required: bool = F
     """Read a JSONL file or a folder (see above); every image file is looked for, none is opened.
 
     Args:
-        labelled: whether every sample must have an answer; where not, a missing one is empty.
+        labelled: whether every sample must have an answer; where not, a missing one (or null) is empty.
         images_required: whether every sample must have an image.
 
     Raises:
@@ -72,7 +72,7 @@ def generated_samples(count: int, kinds: Sequence[str], side: int, *, seed: int 
 
 def _read_jsonl(path: Path, labelled: bool, images_required: bool) -> list[LabelledSample]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would end one at U+2028 too, which JSON allows in a string
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from None
     found = [_sample(path, number, line, labelled, images_required) for number, line in enumerate(lines, 1) if line.strip()]
@@ -89,8 +89,8 @@ def _sample(path: Path, number: int, line: str, labelled: bool, images_required:
         raise DataError(f"{where}: not JSON ({error.msg})") from None
     if not isinstance(values, dict):
         raise DataError(f"{where}: must be a JSON object")
-    if not labelled:
-        values.setdefault("answer", "")
+    if not labelled and values.get("answer") is None:
+        values["answer"] = ""
     for key in ("prompt", "answer"):
         if not isinstance(values.get(key), str):
             raise DataError(f"{where}: {key!r} must be a string")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..engines.errors import EngineError
+from ..engines.manifest import Engine
 from ..engines.results import Prepared, stage_counts
-from ..engines.results import kv_bytes as kv_cache_bytes
 from ..engines.session import Session
 from .budget import kv_bytes, prefill_flops
 from .data import LabelledSample
@@ -28,11 +29,11 @@ from .shared_tower import SharedTower, embed_plainly
 if TYPE_CHECKING:
     from .methods import Method
 
-__all__ = ["Agreement", "Candidate", "Evaluation", "Score", "evaluate_candidates", "evaluate_session", "wilson_interval"]
+__all__ = ["Agreement", "Candidate", "Evaluation", "Score", "check_reference", "evaluate_candidates", "evaluate_session", "wilson_interval"]
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 MAX_ANSWER_TOKENS = 64
-KV_BYTES_PER_VALUE = 2  # what a cache entry is counted as where no engine has allocated it: fp16
+KV_BYTES_PER_VALUE = 2  # what a cache entry is counted as, of engines and methods alike: fp16
 
 Progress = Callable[[str, float], None]
 
@@ -64,7 +65,7 @@ class Evaluation:
         name: of the engine or method.
         average_keep: visual tokens kept, mean over decoder layers, as a share of the whole picture's.
         prefill_flops: of the unpruned prefill's, tower and decoder together, choosing included.
-        kv_visual_bytes: visual KV cache: allocated by an engine, or of a request in fp16.
+        kv_visual_bytes: visual KV cache of the largest request, in fp16 whatever an engine's precision, so that rows can be compared.
         total, by_kind: None and empty where the data has no answers.
         agreement: None where no unpruned reference was at hand.
         visual_tokens, kept: means over the samples, ``kept`` of the last stage.
@@ -144,6 +145,18 @@ class _Tally:
         )
 
 
+def check_reference(engine: Engine, reference: Engine) -> None:
+    """Refuse what an engine cannot be compared with.
+
+    Raises:
+        EngineError: ``reference`` is pruned itself, or of another model.
+    """
+    if reference.schedule.stages:
+        raise EngineError(f"--reference {reference.path}: drops visual tokens itself; build one without --keep")
+    if reference.model_fingerprint != engine.model_fingerprint:
+        raise EngineError(f"--reference {reference.path}: not of the model of {engine.path}; build one from the same checkpoint")
+
+
 def evaluate_session(
     session: Session,
     data: Sequence[LabelledSample],
@@ -152,8 +165,14 @@ def evaluate_session(
     reference: Session | None = None,
     progress: Progress = lambda phase, share: None,
 ) -> Evaluation:
-    """Ask an engine every question, greedily; ``reference`` is an unpruned engine of the same model, to state agreement with."""
+    """Ask an engine every question, greedily; ``reference`` is an unpruned engine of the same model, to state agreement with.
+
+    Raises:
+        EngineError: as :func:`check_reference`.
+    """
     tally, engine = _Tally(), session.engine
+    if reference is not None:
+        check_reference(engine, reference.engine)
     for number, sample in enumerate(data):
         progress(f"evaluate {name}", number / len(data))
         prepared = session.prepare(sample.prompt, sample.images)
@@ -167,7 +186,8 @@ def evaluate_session(
         tally.keep_shares.append(engine.schedule.average_keep(engine.shape.decoder.layers))
         full = prefill_flops(Schedule(), engine.shape, grids, text_tokens=prepared.text_tokens)
         tally.flops.append(prefill_flops(engine.schedule, engine.shape, grids, text_tokens=prepared.text_tokens) / full)
-        tally.kv_bytes.append(kv_cache_bytes(engine, session.backend.cache_bytes).visual)
+        kv = kv_bytes(engine.schedule, engine.shape, tokens=prepared.visual_tokens, bytes_per_value=KV_BYTES_PER_VALUE)  # as methods are counted
+        tally.kv_bytes.append(kv)
     return tally.result(name)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from .outputs import check_folder
 from .plots import plot_lines
-from .schedule import ScheduleError
 from .tune import MEASURES, FrontPoint, Measure, Resource
 
 __all__ = ["COST_NAMES", "write_front"]
@@ -20,10 +20,9 @@ def write_front(front: Sequence[FrontPoint], folder: Path, resource: Resource, m
     """Write ``front.json``, ``schedule-NN.json`` a point, cheapest first, and ``front.png``.
 
     Raises:
-        ScheduleError: the folder holds other things already.
+        ScheduleError: as ``check_folder``.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ScheduleError(f"{folder} is not an empty folder; choose another --output")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"schedule-{number:02d}.json" for number in range(len(front))]
     for name, point in zip(names, front, strict=True):

@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .outputs import check_file
 from .schedule import ScheduleError
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
 
-__all__ = ["PlotLine", "check_plot", "evaluation_plot", "first_token_plot", "plot_lines"]
+__all__ = ["NOTHING_TO_PLOT", "PlotLine", "check_plot", "evaluation_plot", "first_token_plot", "plot_lines"]
 
 PlotLine = Sequence[tuple[float, float]]  # (cost, quality), in the order in which they are joined
 ENDINGS = (".png", ".svg", ".pdf")
 MARKERS = "osD^vP*X<>ph"
+NOTHING_TO_PLOT = "nothing to plot: the data has no answers and no --reference was given"
 
 
 def plot_lines(lines: Mapping[str, PlotLine], path: Path, *, cost: str, quality: str, title: str, emphasised: Sequence[str] = ()) -> None:
@@ -54,7 +56,7 @@ def evaluation_plot(results: Sequence[Evaluation], path: Path) -> None:
     for result in sorted(results, key=lambda result: result.prefill_flops):
         quality = result.total.accuracy if labelled and result.total else result.agreement.overlap if result.agreement else None
         if quality is None:
-            raise ScheduleError("nothing to plot: the data has no answers and no --reference was given")
+            raise ScheduleError(NOTHING_TO_PLOT)
         lines.setdefault(result.name, []).append((result.prefill_flops, quality))
     quality_name = "share of right answers" if labelled else "overlap of the first token's distribution with the unpruned model's"
     plot_lines(lines, path, cost="prefill FLOPs, share of the unpruned", quality=quality_name, title="Quality against cost")
@@ -64,13 +66,12 @@ def check_plot(path: Path) -> None:
     """Refuse a plot that could not be written, before what is to be plotted takes its time.
 
     Raises:
-        ScheduleError: as ``plot_lines``, or the folder is missing.
+        ScheduleError: as ``plot_lines`` and ``check_file``.
     """
     _import_pyplot()
     if path.suffix not in ENDINGS:
         raise ScheduleError(f"{path}: end its name in .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise ScheduleError(f"{path.parent}: no such folder for the plot")
+    check_file(path, "plot")
 
 
 def first_token_plot(values: Mapping[str, Any], path: Path) -> None:

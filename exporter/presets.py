@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .budget import spend_keep
-from .schedule import KEEP_UNIT, Importance, Schedule, ScheduleError, Stage, load_schedule
+from .schedule import KEEP_UNIT, Importance, Schedule, ScheduleError, Stage, load_schedule, unpruned_schedule
 from .shape import ModelShape
 
 __all__ = ["DEFAULT_MAX_TEXT_TOKENS", "DEFAULT_MAX_VISUAL_TOKENS", "DEFAULT_PRESET", "PRESETS", "PRESET_NAMES", "preset_schedule", "tuned_keeps",
@@ -43,7 +43,8 @@ FIRST_TOWER_BLOCK = 2  # never earlier: block 0's attention ranks no better than
 
 
 def preset_schedule(name: str, shape: ModelShape, keep: float, *, fingerprint: str | None = None) -> Schedule:
-    """A named schedule whose average keep over decoder layers is at most ``keep``; its provenance says whether it was tuned.
+    """A named schedule whose average keep over decoder layers is at most ``keep``; its provenance says whether it was tuned. At keep 1 nothing is
+    pruned, whatever the name.
 
     Args:
         fingerprint: of the model, for tuned ones.
@@ -57,6 +58,8 @@ def preset_schedule(name: str, shape: ModelShape, keep: float, *, fingerprint: s
         raise ScheduleError(f"keep must be above 0 and at most 1, got {keep:g}")
     if keep * KEEP_UNIT < 1:
         raise ScheduleError(f"keep {keep:g} is below 1/{KEEP_UNIT}, the smallest that a schedule can express")
+    if keep == 1:
+        return unpruned_schedule()
     if name in TUNED:
         schedule = tuned_schedule(fingerprint, keep, tower=name == "tuned-tower")
         if schedule is None:
@@ -95,23 +98,24 @@ def _tuned(fingerprint: str | None) -> dict[tuple[float, bool], Schedule]:
 
 
 def _progressive(shape: ModelShape, keep: float) -> Schedule:
-    if keep == 1:
-        return Schedule()
     return Schedule(stages=_three_stages(shape.decoder.layers, keep, FIRST_SHARE, 1 / FIRST_SHARE))
 
 
 def _tower(shape: ModelShape, keep: float) -> Schedule:
     decoder = _progressive(shape, keep).stages
-    first = decoder[0].keep if decoder else KEEP_UNIT
+    first = decoder[0].keep
     early = max(FIRST_TOWER_BLOCK, shape.tower.blocks // 8)
     places = (early, max(early + 1, 3 * shape.tower.blocks // 8))
-    tower = [Stage("tower", block, max(kept, first)) for block, kept in zip(places, TOWER_KEEPS, strict=True) if block < shape.tower.blocks]
+    tower, alive = [], KEEP_UNIT
+    for block, wished in zip(places, TOWER_KEEPS, strict=True):
+        kept = max(wished, first)
+        if kept < alive and block < shape.tower.blocks:  # what drops nothing would be ranked for all the same
+            tower.append(Stage("tower", block, kept))
+            alive = kept
     return Schedule(stages=(*tower, *decoder), importance=Importance(score_rows=TOWER_SCORE_ROWS))
 
 
 def _paper(shape: ModelShape, keep: float) -> Schedule:
-    if keep == 1:
-        return Schedule()
     nearest = min(PUBLISHED, key=lambda published: abs(published - keep))
     first, second, threshold, cell = PUBLISHED[nearest]
     stages = _three_stages(shape.decoder.layers, keep, first / nearest, second)

@@ -1,4 +1,4 @@
-"""What the commands show: tables of what a schedule saves, what a run took, what verification found."""
+"""What the commands show: tables of what a schedule saves, what a run took, what verification found. Text in them is no markup (``print_tables``)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..engines.manifest import Engine
 from ..engines.results import GenerationResult, token_bytes
@@ -35,7 +35,7 @@ def build_table(engine: Engine) -> Table:
     full = cost(unpruned_schedule(), shape, rows=side, columns=side, text_tokens=REPORT_TEXT_TOKENS)
     pixels = side * engine.image_processor.factor
     keep = schedule.average_keep(shape.decoder.layers)
-    title = f"{escape(engine.model_name)} · {_precision(engine)} · average keep {keep:.3f} · image of {pixels}×{pixels}"
+    title = f"{engine.model_name} · {_precision(engine)} · average keep {keep:.3f} · image of {pixels}×{pixels}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("part", "visual tokens", "GFLOP before", "after", "KV before", "after"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
@@ -84,12 +84,12 @@ def run_lines(result: GenerationResult) -> Iterator[str]:
 
 def verify_table(engine: Engine, findings: Sequence[Finding], inputs: int, seconds: float) -> Table:
     """One row a comparison."""
-    title = f"{escape(str(engine.path))} · {_precision(engine)} · {inputs} inputs · {seconds:.0f} s"
+    title = f"{engine.path} · {_precision(engine)} · {inputs} inputs · {seconds:.0f} s"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "compared", "worst", "allowed", ""):
         table.add_column(heading, justify="right" if heading in ("worst", "allowed") else "left")
     for finding in findings:
-        verdict = "[green]ok[/green]" if finding.passed else "[red]FAILED[/red]"
+        verdict = Text("ok", "green") if finding.passed else Text("FAILED", "red")
         quantity = f"{finding.quantity} ({finding.note})" if finding.note else finding.quantity
         table.add_row(f"({finding.rung})", quantity, f"{finding.worst:.3g}", f"{finding.tolerance:.3g}", verdict)
     return table
@@ -99,7 +99,7 @@ def evaluation_tables(results: Sequence[Evaluation]) -> Iterator[Table]:
     """A row an engine or method: what it cost, right answers, agreement with the unpruned model; and right answers per kind."""
     labelled, agreed = any(result.total for result in results), any(result.agreement for result in results)
     count = max((result.total.n for result in results if result.total), default=0)
-    headings = ["keep", "FLOPs", "visual KV", "tokens", *(["right", "95 %"] if labelled else []), *(AGREEMENT if agreed else [])]
+    headings = ["keep", "FLOPs", "visual KV, fp16", "tokens", *(["right", "95 %"] if labelled else []), *(AGREEMENT if agreed else [])]
     table = _table(f"{count} questions, share of right answers" if labelled else "agreement with the unpruned model", headings)
     for result in results:
         row = [f"{result.average_keep:.3f}", f"{result.prefill_flops:.3f}", bytes_text(result.kv_visual_bytes)]
@@ -109,14 +109,14 @@ def evaluation_tables(results: Sequence[Evaluation]) -> Iterator[Table]:
         if agreed:
             same = result.agreement
             row += [f"{same.first_token:.3f}", f"{same.overlap:.3f}", f"{same.cosine:.4f}"] if same else [""] * len(AGREEMENT)
-        table.add_row(escape(result.name), *row)
+        table.add_row(result.name, *row)
     yield table
     kinds = list(dict.fromkeys(kind for result in results for kind in result.by_kind))
     if len(kinds) > 1:
         table = _table("by kind", ["keep", *kinds])
         for result in results:
             shares = (f"{result.by_kind[kind].accuracy:.2f}" if kind in result.by_kind else "" for kind in kinds)
-            table.add_row(escape(result.name), f"{result.average_keep:.3f}", *shares)
+            table.add_row(result.name, f"{result.average_keep:.3f}", *shares)
         yield table
 
 
@@ -125,7 +125,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for heading in headings:
-        table.add_column(escape(heading), justify="right", overflow="fold")
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 

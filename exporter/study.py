@@ -22,7 +22,7 @@ def open_study(
 
     Args:
         place: see :func:`open_storage`.
-        identity: what the study is of (model, space); kept in it.
+        identity: what the study is of (model, space, calibration set); kept in it.
         start: points to try first.
 
     Raises:

@@ -14,6 +14,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -102,7 +103,7 @@ class FlowObjective:
         """How many samples it calibrates on."""
         return len(self._questions)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the preprocessed samples, for a schedule's provenance."""
         digest = hashlib.sha256()
@@ -160,7 +161,7 @@ def tune_schedule(
         progress: called after each trial with how many are done and the best value so far.
 
     Raises:
-        ScheduleError: Optuna is missing, the study belongs to another model or search, or the budget cannot be met.
+        ScheduleError: Optuna is missing, the study belongs to another model, search or calibration set, or the budget cannot be met.
     """
     study = _study(objective, space, fingerprint, ["maximize"], seed, startup, storage, study_name, space.starts() if start is None else start)
 
@@ -260,7 +261,12 @@ def _study(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `deterministic_objective`
         sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, deterministic_objective=True)
     searched = repr(replace(space, shape=None)) + repr(directions)  # type: ignore[arg-type]  # only printed; the model has its fingerprint
-    identity = {"model": fingerprint, "space": hashlib.sha256(searched.encode()).hexdigest()[:16], "objective": objective.measure}
+    identity = {
+        "model": fingerprint,
+        "space": hashlib.sha256(searched.encode()).hexdigest()[:16],
+        "objective": objective.measure,
+        "calibration set": objective.fingerprint,  # values of other samples cannot be compared
+    }
     return open_study(storage, study_name, directions=directions, sampler=sampler, identity=identity, start=start)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 from numpy.typing import NDArray
 from vflow.exporter.schedule import Schedule, Stage
 
 PATCH_SIZE = 4  # so that a visual token is 8 pixels wide and images stay small
 MAX_VISUAL_TOKENS, MAX_TEXT_TOKENS = 64, 64  # of the engines
+HANDLED_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))  # by every command
 DECODER_STAGES = Schedule((Stage("decoder", 0, 500), Stage("decoder", 2, 250)))
 
 

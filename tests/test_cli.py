@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +18,10 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
-from support import DECODER_STAGES, picture
+from support import DECODER_STAGES, HANDLED_SIGNALS, picture
 from vflow.engines import Engine, open_engine
+from vflow.exporter import cli, plots
+from vflow.exporter import evaluate as evaluation
 from vflow.exporter.cli import main
 from vflow.exporter.schedule import Schedule, load_schedule
 
@@ -26,7 +32,7 @@ PROMPT = ["--prompt", "how many objects are there ?"]
 @pytest.fixture
 def call() -> Iterator[Callable[..., Result]]:
     """``call("run", …)``: the command in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     yield lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -83,6 +89,39 @@ def test_build_writes_an_engine_and_says_what_it_saves(
 
     again = call("build", "--model", random_checkpoint, "--output", output, *LIMITS)
     refused(again, "exists already; choose another folder or use --force")
+
+
+def test_build_with_keep_1_prunes_nothing_and_asks_nothing(
+    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    result = call("build", "--model", random_checkpoint, "--keep", 1, "--output", tmp_path / "engine", *LIMITS)
+    assert result.exit_code == 0, result.output
+    assert "schedule   none, nothing is pruned" in result.stdout.splitlines()
+    assert open_engine(tmp_path / "engine").schedule == Schedule()
+
+
+def pasted(result: Result) -> list[list[str]]:
+    """What a shell makes of the commands that are told to be tried next, those below it included."""
+    lines = result.stdout.splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("try next"))
+    return [shlex.split(line.removeprefix("try next")) for line in lines[first:]]
+
+
+def test_what_to_try_next_can_be_pasted_whatever_the_paths(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "it's mine; $HOME"
+    folder.mkdir()
+    model, data, schedule, engine, repository = (folder / name for name in ("a model", "data", "a schedule.json", "an engine", "models"))
+    shutil.copytree(random_checkpoint, model)
+    data.mkdir()
+    tuned = call("tune", "--model", model, "--data", write_data(data), "--keep", 0.4, "--output", schedule, *SMALL)
+    assert pasted(tuned) == [["vflow-export", "build", "--model", str(model), "--schedule", str(schedule), "--output", "DIR"]]
+    built = call("build", "--model", model, "--keep", 0.4, "--output", engine, "--target", "tensorrt-llm", *LIMITS)
+    ask = ["--image", "FILE", "--prompt", "TEXT"]
+    script = engine / "tensorrt-llm" / "generate.py"
+    assert pasted(built) == [["vflow-export", "run", str(engine), *ask], ["python", str(script), str(model), *ask]]
+    served = call("triton-repository", engine, "--output", repository)
+    assert pasted(served) == [["tritonserver", f"--model-repository={repository}"]]
 
 
 @pytest.mark.parametrize(
@@ -318,6 +357,17 @@ def test_tune_writes_a_schedule_that_build_takes(call: Callable[..., Result], ra
     assert f"schedule   from {output}" in built.stdout
 
 
+@pytest.mark.parametrize(("side", "tokens"), [(44, 6), (140, 8)])  # of 8 pixels, to the nearest; the checkpoint takes at most 64 of them
+def test_tune_counts_its_budget_for_the_picture_as_the_checkpoint_scales_it(
+    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path, side: int, tokens: int
+) -> None:
+    result = call("tune", "--model", random_checkpoint, "--data", write_data(tmp_path), "--kv-budget", "2KiB", "--output", tmp_path / "s.json",
+                  "--trials", 1, "--side", side)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    budget = load_schedule(tmp_path / "s.json").provenance["budget"]
+    assert (budget["rows"], budget["columns"]) == (tokens, tokens)
+
+
 def test_tune_writes_a_front_of_schedules(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
     data, output = write_data(tmp_path), tmp_path / "front"
     arguments = ("tune", "--model", random_checkpoint, "--data", data, "--pareto", "kv", "--output", output, *SMALL)
@@ -340,6 +390,7 @@ def test_tune_writes_a_front_of_schedules(call: Callable[..., Result], random_ch
         (["--keep", "0.0005"], "less than 1/1024 of the visual tokens", 1),
         (["--kv-budget", "10B"], "less than 1/1024 of the visual tokens (or less than one)", 1),
         (["--kv-budget", "much"], "is not a size", 1),
+        (["--keep", "0"], "--keep must be above 0 and at most 1", 1),
         (["--keep", "0.1", "--prefill-flops", "0.0001"], "cannot be met with these stages", 1),
         (["--keep", "0.1", "--pareto", "kv"], "leave out --keep", 1),
         (["--keep", "0.1", "--data", "{empty}"], "no samples", 1),
@@ -356,6 +407,22 @@ def test_tune_refuses_what_it_cannot_do(
     result = call("tune", "--model", random_checkpoint, "--output", tmp_path / "s.json", *SMALL, *data, *options)
     refused(result, message, code)
     assert not (tmp_path / "s.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "{folder}/none/s.json"], "none: no such folder for the schedule"),
+        (["--output", "{folder}"], "is a folder; name a file for the schedule"),
+        (["--output", "{folder}", "--pareto", "flops"], "is not an empty folder; choose another --output"),
+        (["--output", "{folder}/file/front", "--pareto", "flops"], "no folder can be made in "),
+    ],
+)
+def test_tune_looks_at_its_output_before_it_works(call: Callable[..., Result], tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    options = [option.format(folder=tmp_path) for option in options]
+    refused(call("tune", "--model", "no such model", "--keep", 0.4, *options), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_tune_refuses_a_study_of_another_search(call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path) -> None:
@@ -386,6 +453,77 @@ def test_evaluate_compares_engines_and_methods(call: Callable[..., Result], engi
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
     table = call("evaluate", engine.path, "--data", data)
     assert "2 questions, share of right answers" in table.stdout
+
+
+def test_names_with_brackets_and_colons_are_printed_as_they_are(call: Callable[..., Result], engine: Engine, tmp_path: Path) -> None:
+    """Both are markup to rich; ``[/b]`` closes what nobody has opened."""
+    first, second = tmp_path / "[bold]:key:", tmp_path / "o[" / "b]"
+    for path in (first, second):
+        shutil.copytree(engine.path, path)
+    evaluated = call("evaluate", first, second, "--data", write_data(tmp_path), "--threads", 1)
+    assert evaluated.exit_code == 0, evaluated.output
+    for path in (first, second):
+        assert str(path) in evaluated.stdout
+        assert f"evaluate {path} ..." in evaluated.stderr.splitlines()
+    timed = call("bench", first, second, "--side", 48, "--new-tokens", 1, "--repeats", 1, "--warm-up", 0, "--threads", 1)
+    assert timed.exit_code == 0, timed.output
+    assert "times faster than [bold]:key:" in timed.stdout
+    assert "b]" in timed.stdout
+
+
+def test_tables_are_not_folded_where_no_terminal_limits_them(
+    call: Callable[..., Result], copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = copy.rename(tmp_path / ("long" * 20))
+    result = call("evaluate", path, "--data", write_data(tmp_path))
+    (row,) = (line for line in result.stdout.splitlines() if str(path) in line)
+    assert re.search(r" \d\.\d{3} +\d\.\d{3} +[\d.]+ \w+ +20 → 5 +\d\.\d{3} +\d\.\d{3}–\d\.\d{3}", row)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert all(len(line) <= 60 for line in call("evaluate", path, "--data", tmp_path / "data.jsonl").stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "{folder}/none/p.png"], "none: no such folder for the plot"),
+        (["--plot", "{folder}/p.xyz"], "end its name in .png, .svg or .pdf"),
+        (["--plot", "{folder}/p.png", "--data", "{folder}/data.jsonl"], "nothing to plot: the data has no answers and no --reference was given"),
+    ],
+)
+def test_evaluate_looks_at_its_options_before_it_works(call: Callable[..., Result], tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "what is there ?"}\n')
+    refused(call("evaluate", "no such engine", *(option.format(folder=tmp_path) for option in options)), message)
+
+
+def test_evaluate_finds_what_it_cannot_evaluate_before_it_asks_anything(
+    call: Callable[..., Result], engine: Engine, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "evaluate_session", lambda *_, **__: pytest.fail("asked"))
+    refused(call("evaluate", engine.path, "no such engine"), "no such engine: no such engine directory")
+    refused(call("evaluate", engine.path, "--model", random_checkpoint, "--method", "magic", "--keep", 0.1), "unknown method 'magic'")
+
+
+def test_evaluate_refuses_a_reference_that_is_not_the_whole_model(
+    call: Callable[..., Result], build: Callable[..., Engine], engine: Engine, untied_checkpoint: Path
+) -> None:
+    refused(call("evaluate", engine.path, "--reference", engine.path), "drops visual tokens itself; build one without --keep")
+    other = build(untied_checkpoint, Schedule())
+    refused(
+        call("evaluate", engine.path, "--reference", other.path),
+        f"{other.path}: not of the model of {engine.path}; build one from the same checkpoint",
+    )
+
+
+def test_evaluate_prints_before_it_plots(call: Callable[..., Result], engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "plot.svg")
+
+    monkeypatch.setattr(plots, "_save", fail)
+    result = call("evaluate", engine.path, "--data", write_data(tmp_path), "--plot", tmp_path / "plot.svg", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["name"] == str(engine.path)
+    assert "plot.svg: No space left on device" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
+from support import HANDLED_SIGNALS
 from vflow.engines import open_engine
 from vflow.exporter import build as build_module
 from vflow.exporter.cli import main
@@ -47,7 +48,7 @@ def build_here(random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
     """The build command in this process, into ``tmp_path / "out" / "engine"``, with small graphs."""
     monkeypatch.setattr(build_module, "trace_vision", small_graph)
     monkeypatch.setattr(build_module, "trace_language", small_graph)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     arguments = ["build", "--model", str(random_checkpoint), "--output", str(tmp_path / "out" / "engine"), *LIMITS]
     yield lambda *options: CliRunner().invoke(main, [*arguments, *options])
     for number, handler in handlers.items():
@@ -69,7 +70,7 @@ def at_phase(monkeypatch: pytest.MonkeyPatch, wanted: str, action: Callable[[], 
     monkeypatch.setattr("vflow.exporter.cli.progress_bar", progress_bar)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", HANDLED_SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_any_phase_leaves_nothing(
     build_here: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, number: signal.Signals
@@ -79,6 +80,20 @@ def test_a_signal_in_any_phase_leaves_nothing(
     assert result.exit_code == 1
     assert result.stderr.splitlines() == ["Error: interrupted; nothing was left behind"]
     assert left_behind(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number", [number for number in HANDLED_SIGNALS if number != signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_that_is_ignored_stops_nothing(
+    build_here: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """As nohup does with SIGHUP, and a shell with SIGINT of what it starts in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        at_phase(monkeypatch, "trace language", lambda: signal.raise_signal(number))
+        assert build_here().exit_code == 0
+    finally:
+        signal.signal(number, before)
+    assert left_behind(tmp_path / "out") == ["engine"]
 
 
 def test_a_signal_leaves_the_old_engine_as_it_was(build_here: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from PIL import Image
@@ -58,13 +59,13 @@ def main(paths: list[str]) -> int:
         costs.add_row(label, *(f"{1e3 * float(np.median([getattr(r, name) for r in taken])):.0f} ms" for taken in results))
     speeds = [[r.tokens_per_s for r in taken if r.tokens_per_s is not None] for taken in results]
     costs.add_row("decoding", *(f"{np.median(values):.0f} tokens/s" for values in speeds))
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(answers)
     console.print(costs)
     right = sum(r.text == q.answer for r, q in zip(results[-1], questions, strict=True))
     left = last[-1].stages[-1].kept if last[-1].stages else last[-1].visual_tokens
     console.print(f"{right} of {len(questions)} answers right with {left} of {last[-1].visual_tokens} visual tokens left. Ask your own:")
-    console.print(f'vflow-export run {paths[-1]} --image {PICTURE} --prompt "..."', soft_wrap=True)
+    console.print(f'vflow-export run {quote(paths[-1])} --image {PICTURE} --prompt "..."', soft_wrap=True)
     return 0 if 2 * right >= len(questions) else 1
 
 

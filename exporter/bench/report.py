@@ -1,4 +1,7 @@
-"""What was measured, as data and as tables: times, and speed-ups over the first engine beside the limits that arithmetic sets."""
+"""What was measured, as data and as tables: times, and speed-ups over the first engine beside the limits that arithmetic sets.
+
+Text in the tables is no markup (``console.print_tables``).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from ...engines.manifest import Engine
@@ -90,15 +92,15 @@ def bench_tables(measured: Sequence[Measured], engines: dict[str, Engine]) -> It
         times = _table(f"{image}: {tokens}; milliseconds, median of {len(timings)}", [*TIMES, "least–most", "tokens/s"])
         memory = _table(f"{image}: memory", ["visual tokens", "KV in use", "peak of the process"])
         for subject in measured:
-            times.add_row(escape(_short(subject)), *_times_row(subject.timings[side]))
-            memory.add_row(escape(_short(subject)), *_memory_row(subject.timings[side]))
+            times.add_row(_short(subject), *_times_row(subject.timings[side]))
+            memory.add_row(_short(subject), *_memory_row(subject.timings[side]))
         yield times
         yield memory
         if len(measured) > 1:
             title = f"{image}: times faster than {_short(measured[0])} (limit by operations · by bytes moved)"
             speed_ups = _table(title, [*PARTS, "of limit"])
             for subject in measured[1:]:
-                speed_ups.add_row(escape(_short(subject)), *_speed_up_row(subject, measured[0], engines, side))
+                speed_ups.add_row(_short(subject), *_speed_up_row(subject, measured[0], engines, side))
             yield speed_ups
 
 

@@ -71,6 +71,23 @@ def test_unlabelled_data_needs_no_answer(tmp_path: Path) -> None:
     assert [sample.answer for sample in read_samples(path, labelled=False)] == ["", "kept"]
 
 
+def test_an_answer_of_null_is_none(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", [{"prompt": "p", "answer": None}])
+    assert [sample.answer for sample in read_samples(path, labelled=False)] == [""]
+    with pytest.raises(DataError, match="line 1: 'answer' must be a string"):
+        read_samples(path)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_separators_that_json_allows_in_strings_end_no_line(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(json.dumps({"prompt": f"a{separator}b", "answer": "x"}, ensure_ascii=False).encode() + b"\r\n{\n")
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        read_samples(path)
+    path.write_bytes(path.read_bytes().removesuffix(b"{\n"))
+    assert [sample.prompt for sample in read_samples(path)] == [f"a{separator}b"]
+
+
 def test_a_missing_image_is_named_with_its_line(tmp_path: Path) -> None:
     write_picture(tmp_path / "a.png")
     lines = [{"image": "a.png", "prompt": "p", "answer": "x"}, "", {"images": ["a.png", "gone.png"], "prompt": "p", "answer": "x"}]

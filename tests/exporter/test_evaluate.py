@@ -86,6 +86,7 @@ def test_a_candidate_is_scored_as_the_engine_of_its_schedule(
     assert candidate.agreement.first_token == built.agreement.first_token
     assert candidate.prefill_flops == pytest.approx(built.prefill_flops, rel=1e-9)
     assert candidate.average_keep == pytest.approx(built.average_keep)
+    assert candidate.kv_visual_bytes == built.kv_visual_bytes  # of the largest request, not what the engine's limits allocate
 
 
 def test_candidates_that_differ_in_proportional_attention_alone_share_no_tower(reference: ReferenceModel, question: LabelledSample) -> None:

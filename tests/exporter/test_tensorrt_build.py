@@ -22,7 +22,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
-from support import MAX_TEXT_TOKENS, MAX_VISUAL_TOKENS, picture
+from support import HANDLED_SIGNALS, MAX_TEXT_TOKENS, MAX_VISUAL_TOKENS, picture
 from test_tensorrt_network import SCHEDULE
 from vflow.engines import EngineError, open_engine
 from vflow.engines.backends.cuda import gpu_capability
@@ -47,7 +47,7 @@ LOCAL_GPU = gpu_capability()
 
 def call(*arguments: Any) -> Result:
     """The command in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     try:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
     finally:

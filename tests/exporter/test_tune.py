@@ -98,8 +98,8 @@ def test_a_study_in_a_file_is_resumed(objective: FlowObjective, space: SearchSpa
     assert second.value >= first.value
 
 
-def test_a_study_of_another_model_search_or_objective_is_refused(
-    objective: FlowObjective, by_cosine: FlowObjective, space: SearchSpace, tmp_path: Path
+def test_a_study_of_another_model_search_objective_or_calibration_is_refused(
+    objective: FlowObjective, by_cosine: FlowObjective, space: SearchSpace, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     study = str(tmp_path / "study.log")
     tune_schedule(objective, space, fingerprint="abc", trials=1, storage=study)
@@ -110,6 +110,9 @@ def test_a_study_of_another_model_search_or_objective_is_refused(
         tune_schedule(objective, other, fingerprint="abc", trials=1, storage=study)
     with pytest.raises(ScheduleError, match="another objective"):
         tune_schedule(by_cosine, space, fingerprint="abc", trials=1, storage=study)
+    fewer = FlowObjective(open_checkpoint(str(random_checkpoint)), SAMPLES[:2], blocks=(1, 2))
+    with pytest.raises(ScheduleError, match="made for another calibration set; choose another --study or --study-name"):
+        tune_schedule(fewer, space, fingerprint="abc", trials=1, storage=study)
 
 
 def test_no_samples_are_refused(random_checkpoint: Path) -> None:
