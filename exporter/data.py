@@ -100,7 +100,7 @@ def _sample(path: Path, number: int, line: str, labelled: bool, images_required:
         raise DataError(f"{where}: no image file {missing[0]}; names are relative to {path.parent}")
     if images_required and not images:
         raise DataError(f"{where}: no image, and this needs one; name it in 'image' (or 'file_name')")
-    return LabelledSample(images, values["prompt"], values["answer"], str(values.get("kind", "all")))
+    return LabelledSample(images, values["prompt"], values["answer"], str(values.get("kind") or "all"))
 
 
 def _image_names(values: dict[str, Any], where: str) -> list[str]:

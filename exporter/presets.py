@@ -11,7 +11,7 @@ Besides, the methods of ``methods/`` whose schedule is all there is to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,24 +103,19 @@ def _progressive(shape: ModelShape, keep: float) -> Schedule:
 
 def _tower(shape: ModelShape, keep: float) -> Schedule:
     decoder = _progressive(shape, keep).stages
-    first = decoder[0].keep
+    first = decoder[0].keep if decoder[0].layer == 0 else KEEP_UNIT
     early = max(FIRST_TOWER_BLOCK, shape.tower.blocks // 8)
     places = (early, max(early + 1, 3 * shape.tower.blocks // 8))
-    tower, alive = [], KEEP_UNIT
-    for block, wished in zip(places, TOWER_KEEPS, strict=True):
-        kept = max(wished, first)
-        if kept < alive and block < shape.tower.blocks:  # what drops nothing would be ranked for all the same
-            tower.append(Stage("tower", block, kept))
-            alive = kept
-    return Schedule(stages=(*tower, *decoder), importance=Importance(score_rows=TOWER_SCORE_ROWS))
+    tower = [Stage("tower", block, max(kept, first)) for block, kept in zip(places, TOWER_KEEPS, strict=True) if block < shape.tower.blocks]
+    return Schedule(stages=_dropping((*tower, *decoder)), importance=Importance(score_rows=TOWER_SCORE_ROWS))
 
 
 def _paper(shape: ModelShape, keep: float) -> Schedule:
     nearest = min(PUBLISHED, key=lambda published: abs(published - keep))
     first, second, threshold, cell = PUBLISHED[nearest]
     stages = _three_stages(shape.decoder.layers, keep, first / nearest, second)
-    recycled = (Stage(stages[0].part, 0, stages[0].keep, cell), *stages[1:])
-    return Schedule(stages=recycled, importance=Importance(global_threshold=threshold))
+    recycled = (replace(stage, recycle=cell) if stage.layer == 0 else stage for stage in stages)
+    return Schedule(stages=tuple(recycled), importance=Importance(global_threshold=threshold))
 
 
 def _three_stages(layers: int, keep: float, first: float, second: float) -> tuple[Stage, ...]:
@@ -128,7 +123,13 @@ def _three_stages(layers: int, keep: float, first: float, second: float) -> tupl
     starts = tuple(dict.fromkeys((0, layers // 3, 2 * layers // 3)))
     wished = (keep * first * KEEP_UNIT, keep * first * second * KEEP_UNIT, 0.0)
     keeps = spend_keep(layers, keep, starts, lambda number, least, most: wished[number])
-    return tuple(Stage("decoder", layer, value) for layer, value in zip(starts, keeps, strict=True))
+    return _dropping([Stage("decoder", layer, value) for layer, value in zip(starts, keeps, strict=True)])
+
+
+def _dropping(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages that drop something: others would be ranked for, merged and gathered all the same."""
+    before = (KEEP_UNIT, *(stage.keep for stage in stages))
+    return tuple(stage for stage, alive in zip(stages, before, strict=False) if stage.keep < alive)
 
 
 PRESETS: dict[str, Callable[[ModelShape, float], Schedule]] = {"progressive": _progressive, "tower": _tower, "paper": _paper}

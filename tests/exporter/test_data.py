@@ -33,7 +33,10 @@ def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
 
 def test_jsonl_is_read_with_paths_relative_to_it(tmp_path: Path) -> None:
     a, b = write_picture(tmp_path / "a.png"), write_picture(tmp_path / "deep" / "b.png")
-    lines = [{"image": "a.png", "prompt": "p", "answer": "x", "kind": "k"}, {"images": ["a.png", "deep/b.png"], "prompt": "q", "answer": "y"}]
+    lines = [
+        {"image": "a.png", "prompt": "p", "answer": "x", "kind": "k"},
+        {"images": ["a.png", "deep/b.png"], "prompt": "q", "answer": "y", "kind": None},
+    ]
     first, second = read_samples(write_lines(tmp_path / "data.jsonl", lines))
     assert first == LabelledSample((a,), "p", "x", "k")
     assert second.images == (a, b)
