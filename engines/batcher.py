@@ -181,6 +181,7 @@ class Batcher:
             stop=stop,
             keep_scale=keep_scale,
             max_pixels=max_pixels,
+            dtype=self.backend.dtype,
         )
         job = Job(request, began=began, timeout=timeout, on_event=on_event)
         with self._changed:

@@ -76,11 +76,11 @@ class ImageProcessorConfig:
 class ImagePatches:
     """One preprocessed image.
 
-    ``pixel_values`` float32 [P, 3 * temporal_patch_size * patch_size**2]; ``entropy`` float32 [P], bits;
+    ``pixel_values`` float32 or float16 [P, 3 * temporal_patch_size * patch_size**2]; ``entropy`` float32 [P], bits, [0] where nobody asked for it;
     ``grid_thw`` = (1, patch rows, patch columns).
     """
 
-    pixel_values: NDArray[np.float32]
+    pixel_values: NDArray[np.floating[Any]]
     entropy: NDArray[np.float32]
     grid_thw: tuple[int, int, int]
 
@@ -207,11 +207,15 @@ def patch_entropy(image: NDArray[np.uint8], *, patch_size: int, merge_size: int)
     return bits
 
 
-def preprocess_image(image: NDArray[np.uint8], config: ImageProcessorConfig) -> ImagePatches:
+def preprocess_image(
+    image: NDArray[np.uint8], config: ImageProcessorConfig, *, dtype: type[np.floating[Any]] = np.float32, entropy: bool = True
+) -> ImagePatches:
     """Resize, measure entropy, normalise and cut one image into patches.
 
     Args:
         image: RGB ``uint8 [height, width, 3]``.
+        dtype: of the pixel values; float16 ones are the float32 ones rounded, for less work.
+        entropy: whether it is wanted.
 
     Raises:
         ImageError: an aspect ratio above 200.
@@ -221,12 +225,13 @@ def preprocess_image(image: NDArray[np.uint8], config: ImageProcessorConfig) -> 
     if (new_height, new_width) != (height, width):
         resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
         image = np.asarray(resized)
-    entropy = patch_entropy(image, patch_size=config.patch_size, merge_size=config.merge_size)
-    patches = patchify(image, patch_size=config.patch_size, merge_size=config.merge_size)  # uint8 [P, 3, p, p]
-    pixels = np.empty((patches.shape[0], patches.shape[1], config.temporal_patch_size, config.patch_size**2), np.float32)
+    cut = {"patch_size": config.patch_size, "merge_size": config.merge_size}
+    bits = patch_entropy(image, **cut) if entropy else np.zeros(0, np.float32)
+    patches = patchify(image, **cut)  # uint8 [P, 3, p, p]
+    pixels = np.empty((patches.shape[0], patches.shape[1], config.temporal_patch_size, config.patch_size**2), dtype)
     levels = np.arange(256, dtype=np.float32) / 255.0
     for channel, (mean, std) in enumerate(zip(config.image_mean, config.image_std, strict=True)):
-        normalised = (levels - np.float32(mean)) / np.float32(std)
+        normalised = ((levels - np.float32(mean)) / np.float32(std)).astype(dtype)
         pixels[:, channel] = normalised[patches[:, channel]].reshape(-1, 1, config.patch_size**2)  # a still image is two equal frames
     grid = (1, new_height // config.patch_size, new_width // config.patch_size)
-    return ImagePatches(pixels.reshape(patches.shape[0], -1), entropy, grid)
+    return ImagePatches(pixels.reshape(patches.shape[0], -1), bits, grid)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,8 +75,11 @@ def read_request(
     stop: Sequence[str] = (),
     keep_scale: float = 1.0,
     max_pixels: int | None = None,
+    dtype: type[np.floating[Any]] = np.float32,
 ) -> Request:
     """Encode the prompt, read and cut up the images, and refuse what the engine has no room for. Arguments as :meth:`Session.stream`.
+
+    ``dtype`` is the backend's: for float16 pixel values are made so at once, for every other in float32.
 
     Raises:
         EngineError: a request that the engine cannot take; the message says what to change.
@@ -89,7 +93,9 @@ def read_request(
     processor = _image_processor(engine, max_pixels)
     token_ids = encoder.encode(prompt, len(images))
     began = time.perf_counter()
-    patches = [preprocess_image(load_image(image), processor) for image in images]
+    pixels = np.float16 if dtype is np.float16 else np.float32
+    wanted = "entropy" in engine.vision.input_names
+    patches = [preprocess_image(load_image(image), processor, dtype=pixels, entropy=wanted) for image in images]
     read_seconds = time.perf_counter() - began
     merge_size = engine.shape.tower.merge_size
     grids = [(patch.grid_thw[1] // merge_size, patch.grid_thw[2] // merge_size) for patch in patches]
@@ -125,9 +131,8 @@ def prepare_request(engine: Engine, backend: VisionBackend, request: Request) ->
     none = np.zeros(0, np.float32)
     embedded, survivors = [EmbeddedImage(np.zeros((0, engine.shape.decoder.hidden_size), backend.dtype), none, np.zeros(0, np.int64))], []
     for patches, (rows, columns), budget in zip(request.patches, request.grids, request.budgets, strict=True):
-        image = backend.vision(
-            patches.pixel_values.reshape(rows, columns, tower.group, tower.patch_dim), patches.entropy.reshape(rows, columns, tower.group), budget
-        )
+        entropy = patches.entropy.reshape(rows, columns, tower.group) if patches.entropy.size else patches.entropy
+        image = backend.vision(patches.pixel_values.reshape(rows, columns, tower.group, tower.patch_dim), entropy, budget)
         embedded.append(image)
         survivors.append(ImageSurvivors(rows, columns, image.index))
     vision_seconds = request.read_seconds + time.perf_counter() - began

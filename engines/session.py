@@ -117,6 +117,7 @@ class Session:
             stop=stop,
             keep_scale=keep_scale,
             max_pixels=max_pixels,
+            dtype=self.backend.dtype,
         )
         prepared = prepare_request(self.engine, self.backend, request)
         answer = Answer(self.engine, self.encoder.decode, request, prepared, began=began)
@@ -137,7 +138,7 @@ class Session:
         Raises:
             EngineError: see :meth:`stream`.
         """
-        request = read_request(self.engine, self.encoder, prompt, images, keep_scale=keep_scale, max_pixels=max_pixels)
+        request = read_request(self.engine, self.encoder, prompt, images, keep_scale=keep_scale, max_pixels=max_pixels, dtype=self.backend.dtype)
         return prepare_request(self.engine, self.backend, request)
 
     def prefill(self, prepared: Prepared) -> Step:

@@ -84,7 +84,7 @@ class Feed:
         Raises:
             EngineError: a request that the engine cannot take; the message says what to change.
         """
-        request = read_request(self.engine, self.encoder, prompt, images, keep_scale=keep_scale, max_pixels=max_pixels)
+        request = read_request(self.engine, self.encoder, prompt, images, keep_scale=keep_scale, max_pixels=max_pixels, dtype=self.backend.dtype)
         text = self.encoder.render(prompt, len(images))
         if not images:
             return {"prompt": text}

@@ -166,7 +166,7 @@ class RecordingBackend(OnnxRuntimeBackend):
         self._graphs = {"vision": engine.vision, "language": engine.language}
         self.calls: list[tuple[str, dict[str, NDArray[Any]]]] = []
 
-    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> Any:
+    def vision(self, pixel_values: NDArray[np.floating[Any]], entropy: NDArray[np.float32], budget: int) -> Any:
         self._record("vision", {"pixel_values": pixel_values.astype(self.dtype), "entropy": entropy, "budget_tokens": np.zeros(budget, np.int32)})
         return super().vision(pixel_values, entropy, budget)
 

@@ -71,9 +71,10 @@ class TorchBackend:
             yield from pair
 
     @torch.inference_mode()
-    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
+    def vision(self, pixel_values: NDArray[np.floating[Any]], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
         """As ``OnnxRuntimeBackend.vision``."""
-        outputs = self._vision(torch.from_numpy(pixel_values).to(self._dtype), torch.from_numpy(entropy), torch.zeros(budget, dtype=torch.int32))
+        measured = torch.from_numpy(entropy) if entropy.size else None
+        outputs = self._vision(torch.from_numpy(pixel_values).to(self._dtype), measured, torch.zeros(budget, dtype=torch.int32))
         return EmbeddedImage(*(output.numpy() for output in outputs if output is not None))
 
     @torch.inference_mode()

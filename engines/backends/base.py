@@ -27,7 +27,7 @@ class VisionBackend(Protocol):
     def dtype(self) -> type[np.floating[Any]]:
         """T, the type of the embeddings."""
 
-    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
+    def vision(self, pixel_values: NDArray[np.floating[Any]], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
         """One image."""
 
 

@@ -74,12 +74,12 @@ class OnnxRuntimeVision:
             self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._vision = self._load(engine, engine.vision)
 
-    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
+    def vision(self, pixel_values: NDArray[np.floating[Any]], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
         """Run the vision graph on one image.
 
         Args:
-            pixel_values: float32 [rows, columns, G, patch_dim].
-            entropy: float32 [rows, columns, G], bits.
+            pixel_values: float32 or T [rows, columns, G, patch_dim].
+            entropy: float32 [rows, columns, G], bits; anything where the graph has no such input.
             budget: N, original visual tokens from which the stages' ratios are counted.
 
         Raises:

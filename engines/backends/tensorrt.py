@@ -74,8 +74,8 @@ class TensorRTBackend:
         for buffer in self._caches.values():
             buffer.clear()
 
-    def vision(self, pixel_values: NDArray[np.float32], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
-        """One image: float32 [rows, columns, G, patch_dim], float32 [rows, columns, G] and N; results as the vision graph's."""
+    def vision(self, pixel_values: NDArray[np.floating[Any]], entropy: NDArray[np.float32], budget: int) -> EmbeddedImage:
+        """One image: float32 or T [rows, columns, G, patch_dim], float32 [rows, columns, G] and N; results as the vision graph's."""
         rows, columns = pixel_values.shape[:2]
         sizes = {"rows": rows, "columns": columns, "budget": budget}
         feed = {"pixel_values": pixel_values, "entropy": entropy, "budget_tokens": np.zeros(budget, np.int32)}

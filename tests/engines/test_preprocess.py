@@ -86,6 +86,14 @@ def test_arrays_are_no_way_around_the_limit_of_pixels() -> None:
         load_image(np.broadcast_to(np.uint8(0), (10_000, 10_000, 3)))
 
 
+def test_pixels_in_float16_are_those_in_float32_rounded_and_entropy_is_left_out_where_nobody_asks() -> None:
+    image = load_image(picture(90, 130))
+    single, half = preprocess_image(image, ImageProcessorConfig()), preprocess_image(image, ImageProcessorConfig(), dtype=np.float16, entropy=False)
+    assert half.pixel_values.dtype == np.float16
+    np.testing.assert_array_equal(half.pixel_values, single.pixel_values.astype(np.float16))
+    assert (single.entropy.size, half.entropy.size) == (single.pixel_values.shape[0], 0)
+
+
 def test_transparency_shows_white() -> None:
     image = picture(60, 60).convert("RGBA")
     alpha = Image.fromarray(np.tile(np.linspace(0, 255, 60).astype(np.uint8), (60, 1)))
