@@ -242,10 +242,11 @@ class SearchSpace:
             importance = replace(importance, global_threshold=min(MAX_GLOBAL_THRESHOLD, KEEP_UNIT / choice.global_rows))
         stages = _cutting([*tower, *decoder])
         recycles = any(stage.recycle is not None for stage in stages)
+        guided = any(stage.part == "decoder" and stage.layer > 0 for stage in stages)  # what has no effect is left out
         return Schedule(
             stages,
             importance,
-            guidance_weight=_beyond_zero(unit.get("guidance_weight", 0.0)),
+            guidance_weight=_beyond_zero(unit.get("guidance_weight", 0.0)) if guided else 0.0,
             proportional_attention=MAX_PROPORTIONAL_ATTENTION * _beyond_zero(unit.get("proportional_attention", 0.0)) if recycles else 0.0,
         )
 

@@ -152,9 +152,8 @@ def test_presets_spend_their_budget_to_a_hundredth(name: str, keep: float) -> No
 
 def test_the_paper_preset_is_the_published_schedule_and_nothing_beyond() -> None:
     schedule = preset_schedule("paper", QWEN2_VL_2B, 0.10)
-    assert [(stage.part, stage.layer) for stage in schedule.stages] == [("decoder", 0), ("decoder", 9), ("decoder", 18)]
+    assert [(stage.part, stage.layer) for stage in schedule.stages] == [("decoder", 0), ("decoder", 18)]  # before layer 9 the ratio is 1.0
     assert schedule.stages[0].keep == round(0.117 * 1024)
-    assert schedule.stages[1].keep == schedule.stages[0].keep  # ratio 1.0
     assert schedule.stages[0].recycle == 17.4
     assert schedule.importance == Importance(global_threshold=39.3, entropy_weight=0.0)
     assert (schedule.guidance_weight, schedule.recycled_importance, schedule.tower_stages) == (0.0, "own", ())

@@ -72,6 +72,13 @@ def test_budgets_are_kept_at_the_ends_of_every_coordinate() -> None:
             assert space.flops_share(schedule) <= 0.2
 
 
+def test_without_stages_inside_the_decoder_there_is_no_guidance() -> None:
+    space = SearchSpace.for_model(SHAPE, Budget(keep=0.3), guidance=True)
+    point = space.middle() | {"guidance_weight": 0.8}
+    assert space.schedule(point).guidance_weight > 0.5
+    assert space.schedule(point | {"decoder_keep_0": 0.0}).guidance_weight == 0
+
+
 def test_the_number_of_stages_is_part_of_the_search() -> None:
     space = SearchSpace.for_model(SHAPE, Budget(keep=0.3))
     one = space.schedule(space.middle() | {"decoder_keep_0": 0.0, "decoder_keep_1": 0.0})
