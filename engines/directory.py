@@ -27,7 +27,6 @@ MANIFEST_FILE = "manifest.json"
 CHECKSUM = "checksum"  # field of the manifest: it lists the hashes of all files but its own
 PARTIAL_MARK = ".partial-"  # in the name of a sibling that is being written
 REPLACED_MARK = ".replaced-"  # in the name of an old engine while the new one takes its place
-HASH_CHUNK = 1 << 22  # bytes a read: large enough to keep SHA-256 busy, small beside any weights
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 REBUILD = "build the engine again"
 
@@ -119,13 +118,9 @@ def checksum(manifest: dict[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in chunks (``hashlib.file_digest`` needs Python 3.11)."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(HASH_CHUNK))
+    """SHA-256 of a file in hexadecimal, read in chunks."""
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry, check_hash: bool) -> None:

@@ -47,7 +47,8 @@ Sizes = TypeVar("Sizes", TowerShape, DecoderShape)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may hold: original visual tokens of all its images, and text tokens of prompt and answer."""
+    """What every request may hold: original visual tokens of all its images, and text tokens of prompt and answer. One with fewer visual tokens
+    has more room for text."""
 
     max_visual_tokens: int
     max_text_tokens: int

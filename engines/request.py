@@ -24,7 +24,7 @@ from .positions import ImageSurvivors, prompt_positions
 from .preprocess import ImagePatches, ImageProcessorConfig, load_image, preprocess_image
 from .prompt import Prompt, PromptEncoder, expand_image_tokens
 from .results import Prepared, Step
-from .sampling import SamplingParams
+from .sampling import SamplingParams, is_whole
 
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
@@ -37,6 +37,7 @@ __all__ = [
     "run_language",
 ]
 
+ROUNDING = 1e-9  # of a product: 100 · 0.07 is a little more than 7
 DEFAULT_MAX_NEW_TOKENS = 256  # where the request does not say; fewer if the engine has no room
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
@@ -84,8 +85,8 @@ def read_request(
     Raises:
         EngineError: a request that the engine cannot take; the message says what to change.
     """
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise EngineError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if max_new_tokens is not None and not (is_whole(max_new_tokens) and max_new_tokens >= 1):
+        raise EngineError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
     if not 0 < keep_scale <= 1:
         raise EngineError(f"keep_scale must be in (0, 1], got {keep_scale}")
     if isinstance(stop, str) or not all(stop):
@@ -100,7 +101,7 @@ def read_request(
     merge_size = engine.shape.tower.merge_size
     grids = [(patch.grid_thw[1] // merge_size, patch.grid_thw[2] // merge_size) for patch in patches]
     _check_visual_tokens(engine, [rows * columns for rows, columns in grids])
-    budgets = [math.ceil(rows * columns * keep_scale) for rows, columns in grids]
+    budgets = [max(1, math.ceil(rows * columns * keep_scale - ROUNDING)) for rows, columns in grids]
     room = answer_room(
         engine,
         text_tokens=len(token_ids) - len(images),

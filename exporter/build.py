@@ -161,11 +161,12 @@ def _check_types(options: BuildOptions) -> None:
         raise EngineError(
             f"--weights {options.weights}: untried on TensorRT, which builds on a GPU alone; take --target tensorrt-rtx, or leave it out"
         )
-    able = [float(capability) >= FP8_CAPABILITY for capability in options.compute_capabilities]
-    if options.weights == "fp8" and "tensorrt-rtx" in options.targets and not (able and all(able)):
-        raise EngineError(
-            f"--weights fp8: TensorRT for RTX takes it from compute capability {FP8_CAPABILITY} on; say which with --compute-capability"
-        )
+    if options.weights == "fp8" and "tensorrt-rtx" in options.targets:
+        able = [float(capability) >= FP8_CAPABILITY for capability in options.compute_capabilities]  # numbers, as check_targets found
+        if not (able and all(able)):
+            raise EngineError(
+                f"--weights fp8: TensorRT for RTX takes it from compute capability {FP8_CAPABILITY} on; say which with --compute-capability"
+            )
 
 
 def _check_limits(checkpoint: Checkpoint, options: BuildOptions) -> None:

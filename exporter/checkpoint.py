@@ -149,6 +149,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     for file in files:
         for disk_name, dtype, shape in _read_header(file):
             name = _canonical(disk_name)
+            if name in tensors:
+                raise CheckpointError(f"{disk_name} is in {tensors[name].file} and in {file}: remove the one that does not belong to this checkpoint")
             tensors[name] = TensorInfo(file, dtype, shape)
             disk_names[name] = disk_name
     name = os.path.abspath(path) if model not in ALIASES and Path(model).is_dir() else model  # found again from another working directory

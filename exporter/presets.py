@@ -103,7 +103,7 @@ def _progressive(shape: ModelShape, keep: float) -> Schedule:
 
 def _tower(shape: ModelShape, keep: float) -> Schedule:
     decoder = _progressive(shape, keep).stages
-    first = decoder[0].keep if decoder[0].layer == 0 else KEEP_UNIT
+    first = next((stage.keep for stage in decoder if stage.layer == 0), KEEP_UNIT)
     early = max(FIRST_TOWER_BLOCK, shape.tower.blocks // 8)
     places = (early, max(early + 1, 3 * shape.tower.blocks // 8))
     tower = [Stage("tower", block, max(kept, first)) for block, kept in zip(places, TOWER_KEEPS, strict=True) if block < shape.tower.blocks]

@@ -43,7 +43,10 @@ def quantize(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
         Codes [inputs, outputs], int8 (for int4 as well, −7 … 7) or float8_e4m3fn; scales T of :func:`scale_shape`.
     """
     blocks = _blocks(weight.float(), weights)  # [blocks, inputs of a block, outputs]
-    scales = (blocks.abs().amax(1) / LARGEST[weights]).to(weight.dtype)
+    largest = blocks.abs().amax(1)
+    scales = (largest / LARGEST[weights]).to(weight.dtype)
+    below = scales.float() * LARGEST[weights] < largest * (1 - torch.finfo(weight.dtype).eps)  # subnormal ones, rounded down by up to all there is
+    scales = torch.where(below, _next_larger(scales), scales)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     codes = (blocks / scales.float()[:, None]).clamp(-LARGEST[weights], LARGEST[weights]).reshape(weight.shape)
     codes = codes.to(torch.float8_e4m3fn) if weights == "fp8" else codes.round().to(torch.int8)
@@ -62,6 +65,11 @@ def quantize_model(model: Any, weights: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and is_quantized(name.removeprefix("model."), parameter.shape[1], weights):
             parameter.copy_(dequantize(*quantize(parameter.T, weights), weights).T)
+
+
+def _next_larger(positive: Tensor) -> Tensor:
+    bits = torch.int32 if positive.dtype == torch.float32 else torch.int16
+    return (positive.view(bits) + 1).view(positive.dtype)
 
 
 def _blocks(weight: Tensor, weights: str) -> Tensor:

@@ -41,7 +41,7 @@ def register_plugins(folder: Path, target: str, *, lazy: bool = False) -> list[s
 
     Args:
         folder: the ``plugins`` folder of an engine directory; may be called for several.
-        target: compute capability of the GPU that is built for, as "9.0".
+        target: compute capability of the GPU that is built for from now on, as "9.0".
         lazy: leave TensorRT's own registry alone until a plugin is used from Python; the ONNX parser does not find such plugins.
 
     Returns:
@@ -53,15 +53,17 @@ def register_plugins(folder: Path, target: str, *, lazy: bool = False) -> list[s
     """
     import tensorrt.plugin as trtp
 
-    compiled = read_contracts(folder)
-    contracts = [contract for contract in compiled if contract.target == target]
-    if compiled and not contracts:
+    found = read_contracts(folder)
+    contracts = [contract for contract in found if contract.target == target]
+    if found and not contracts:
         raise ContractError(f"{folder}: no kernels for {target}; build with this target")
+    for known in _compiled.values():  # what was registered for another GPU is of no use to this one
+        known[:] = [compiled for compiled in known if compiled.contract.target == target]
     for contract in contracts:
-        known = _compiled.setdefault(contract.op, [])
-        if not known:
+        if contract.op not in _compiled:
+            _compiled[contract.op] = []
             _register(trtp, contract, lazy)
-        known.append(_Compiled(contract, folder))
+        _compiled[contract.op].append(_Compiled(contract, folder))
     return sorted({f"{DOMAIN}::{contract.op}" for contract in contracts})
 
 

@@ -623,10 +623,11 @@ def test_a_saved_schedule_can_be_given_back(engine: Engine, tmp_path: Path) -> N
     assert load_schedule(tmp_path / "s.json") == schedule
 
 
+@pytest.mark.parametrize(("capability", "options"), [("7.0", []), ("7.0", ["--weights", "fp8"]), ("abc", []), ("abc", ["--weights", "int8"])])
 def test_a_gpu_that_kernels_are_not_compiled_for_is_refused_before_anything_is_traced(
-    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path
+    call: Callable[..., Result], random_checkpoint: Path, tmp_path: Path, capability: str, options: list[str]
 ) -> None:
-    result = call("build", "--model", random_checkpoint, "--output", tmp_path / "e", "--compute-capability", "7.0", *LIMITS)
-    refused(result, "target '7.0': use one of 8.0")
+    result = call("build", "--model", random_checkpoint, "--output", tmp_path / "e", "--compute-capability", capability, *options, *LIMITS)
+    refused(result, f"target '{capability}': use one of 8.0")
     assert "trace" not in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Hardware, versions and date: what a figure in docs/benchmarks.md must say."""
     machine = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton_language": triton.__version__,

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def main() -> None:
                     loads.setdefault((engine, clients), []).append(measure(address, requests, clients))
                     said = f"round {turn + 1}: {engine}, {clients} clients: {loads[engine, clients][-1].rate:.3g} requests/s"
                     print(said, file=sys.stderr, flush=True)
-    print(f"{datetime.now(timezone.utc):%Y-%m-%d}, {platform.machine()}, Python {platform.python_version()}, {memory / 2**20:.1f} MiB of KV caches, "
+    print(f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, Python {platform.python_version()}, {memory / 2**20:.1f} MiB of KV caches, "
           f"{args.rounds} rounds of {args.requests} requests\n")  # fmt: skip
     print("\n".join(table(args.engines, slots, loads)))
 

@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=448)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.tower is not False and (unknown := set(args.keeps) - set(TOWER_FLOPS)):
+        parser.error(f"no FLOPs are set for tower stages at keep {', '.join(map(str, sorted(unknown)))}: add them to TOWER_FLOPS, or --no-tower")
     torch.set_num_threads(args.threads)
     checkpoint = open_checkpoint(args.model)
     shape, grid = model_shape(checkpoint.config), args.side // 28

@@ -80,7 +80,7 @@ class Gate:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), BODY_SECONDS)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise ApiError(408, f"nothing came of the body for {BODY_SECONDS:g} s", headers={"Connection": "close"}) from None
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))

@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def bench_values(measured: Sequence[Measured], engines: dict[str, Engine], *, th
 def machine(threads: int) -> dict[str, Any]:
     """What was measured on."""
     return {
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": threads,

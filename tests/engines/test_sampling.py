@@ -71,9 +71,19 @@ def test_logits_that_are_not_finite_are_refused(temperature: float, bad: float) 
         next_token(np.array([0, bad, 1], np.float32), SamplingParams(temperature=temperature), np.random.default_rng())
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), top_p=np.float64(0.9), seed=np.int64(3))  # type: ignore[arg-type]
+    assert next_token(LOGITS, params, np.random.default_rng(3)) in range(4)
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
-    [("temperature", [-1, float("nan"), "1", True]), ("top_k", [-1, 1.5, True]), ("top_p", [0, 1.1, float("nan")]), ("seed", [-1, 0.5])],
+    [
+        ("temperature", [-1, float("nan"), "1", True, 10**400]),
+        ("top_k", [-1, 1.5, True]),
+        ("top_p", [0, 1.1, float("nan"), 10**400]),
+        ("seed", [-1, 0.5]),
+    ],
 )
 def test_parameters_out_of_range_are_refused_by_name(field: str, values: list[Any]) -> None:
     for value in values:

@@ -181,6 +181,12 @@ def test_a_smaller_budget_spends_less_and_stays_consistent(session: Session) -> 
             session.generate("hello", [WIDE], keep_scale=wrong)
 
 
+def test_a_share_that_is_a_whole_number_of_tokens_is_not_rounded_up(session: Session) -> None:
+    share = 0.28  # of 25 tokens, 7; as a product of floats a little more
+    assert 25 * share > 7
+    assert session.prepare("hello", [picture(40, 40)], keep_scale=share).budgets == (7,)
+
+
 def test_more_visual_tokens_than_built_are_refused(session: Session) -> None:
     with pytest.raises(EngineError, match=r"max_visual_tokens 40 built, image has 64; resize .*--max-visual-tokens"):
         session.generate("hello", [picture(64, 64)])
@@ -196,8 +202,9 @@ def test_prompts_and_answers_longer_than_built_are_refused(session: Session) -> 
         session.generate("x" * 200)
     with pytest.raises(EngineError, match=r"max_new_tokens 500 is more than the \d+ for which there is room"):
         session.generate("hello", max_new_tokens=500)
-    with pytest.raises(EngineError, match="max_new_tokens must be at least 1"):
-        session.generate("hello", max_new_tokens=0)
+    for wrong in (0, 2.5, True, "3"):
+        with pytest.raises(EngineError, match="max_new_tokens must be a whole number of at least 1"):
+            session.generate("hello", max_new_tokens=wrong)  # type: ignore[arg-type]
 
 
 def test_the_caches_can_be_filled_to_the_last_place(session: Session, unpruned: Session) -> None:

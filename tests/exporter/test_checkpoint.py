@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 from vflow.exporter.build import BuildOptions, build_engine
@@ -62,6 +64,17 @@ def test_a_folder_is_found_again_from_elsewhere(random_checkpoint: Path, tmp_pat
     assert open_checkpoint(name).path.samefile(random_checkpoint)
     assert Path(name).name == "random"
     assert open_checkpoint("tiny").name == "tiny"
+
+
+def test_a_tensor_that_is_in_two_files_is_refused(untied_checkpoint: Path, tmp_path: Path) -> None:
+    """Which of them the index means is not looked at: another program may take the other."""
+    folder = shutil.copytree(untied_checkpoint, tmp_path / "twice")
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    with safe_open(first, "pt") as file:
+        name = next(iter(file.keys()))
+        tensor = file.get_tensor(name)
+    save_file({**load_file(last), name: tensor}, last)
+    refused(folder, rf"{re.escape(name)} is in .*{first.name} and in .*{last.name}: remove the one")
 
 
 def test_a_file_is_refused_as_a_model(random_checkpoint: Path) -> None:

@@ -58,6 +58,18 @@ def test_a_channel_of_zeros_stays_zero(weights: str) -> None:
     assert torch.equal(dequantize(*quantize(weight, weights), weights), weight)
 
 
+@pytest.mark.parametrize("weights", FEWER)
+def test_the_largest_weight_of_a_faint_channel_is_not_clipped(weights: str) -> None:
+    """In fp16 their scales are subnormal, and rounded to the nearest they were up to all too small."""
+    faint = torch.tensor([6e-8, 2.5e-6, 3.5e-6, 1.13e-5, 3.9e-5, 1e-3]).half()
+    weight = torch.linspace(-1, 1, BLOCK)[:, None].half() * faint
+    codes, scales = quantize(weight, weights)
+    largest = {"int8": 127, "int4": 7, "fp8": 448}[weights]
+    assert (scales.double() * largest >= weight.double().abs().amax(0) * (1 - 2**-10)).all()
+    off = (dequantize(codes, scales, weights).double() - weight.double()).abs()
+    assert (off <= scales.double() * (448 * 2**-4 if weights == "fp8" else 0.5) + 2**-24).all()  # a step of float16 itself
+
+
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weights", FEWER)
 def test_onnx_runtime_reads_the_stored_codes_as_they_were_meant(quantized: Callable[..., Engine], weights: str, precision: str) -> None:

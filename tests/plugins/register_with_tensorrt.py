@@ -75,6 +75,10 @@ def main() -> None:
     registered = {identity for folder in folders for identity in register_plugins(Path(folder), target, lazy=True)}
     assert registered == set(QDP_REGISTRY)
     found = [run(Path(folder), c) for folder in folders for c in read_contracts(Path(folder)) if c.target == target]
+    other = "8.9"
+    register_plugins(Path(folders[0]), other, lazy=True)  # from now on for another GPU: kernels for the first must not be taken
+    found_then = [run(Path(folders[0]), c) for c in read_contracts(Path(folders[0])) if c.target == other]
+    assert all(plugin["same_code"] for plugin in found_then)
     print(json.dumps(found))
 
 
