@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from threading import Condition, Event, Lock, Semaphore, Thread
 from typing import Any
@@ -132,10 +133,14 @@ class TritonPythonModel:
     def _watch(self) -> None:
         """Cancel what no client waits for any more, and keep the gauges.
 
-        Triton's calls hold Python's lock while they wait for the server. Where that was killed they wait for ever, and this process would outlive it
-        with the engine's memory; faulthandler's own thread ends it, since no thread of Python's can.
+        Where the server was killed, this process would outlive it with the engine's memory: it ends when its parent has changed. Triton's calls hold
+        Python's lock while they wait for the server, though, which they then do for ever; faulthandler's own thread ends that, since no thread of
+        Python's can.
         """
+        server = os.getppid()
         while not self._stopped.wait(WATCH_SECONDS):
+            if os.getppid() != server:
+                os._exit(1)  # nobody is left to finalize for
             faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True, file=2)
             with self._changed:
                 live = list(self._live)
