@@ -348,7 +348,13 @@ def test_a_batch_that_fails_is_told_to_all_in_it_and_the_next_is_answered(
     batcher: Batcher, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures, gate = iter([True]), Gate(batcher, monkeypatch)
-    failing_on(batcher, monkeypatch, "language", lambda **feed: len(feed["input_ids"]) == 3 and next(failures, False), EngineError("device lost"))
+
+    def when_all_slots_decode(**feed: Any) -> bool:
+        if len(feed["input_ids"]) < 3:
+            time.sleep(0.005)  # the others are to be in their slots before the first answer ends
+        return len(feed["input_ids"]) == 3 and next(failures, False)
+
+    failing_on(batcher, monkeypatch, "language", when_all_slots_decode, EngineError("device lost"))
     tickets = [batcher.submit("hello", [SMALL], max_new_tokens=40) for _ in range(5)]
     gate.open()
     outcomes = []
