@@ -71,6 +71,10 @@ class ImageProcessorConfig:
             image_std=tuple(float(v) for v in values.get("image_std", cls.image_std)),
         )
 
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width to which an image is scaled, multiples of ``factor``; errors as :func:`smart_resize`."""
+        return smart_resize(height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
 
 @dataclass(frozen=True)
 class ImagePatches:
@@ -221,7 +225,7 @@ def preprocess_image(
         ImageError: an aspect ratio above 200.
     """
     height, width = image.shape[:2]
-    new_height, new_width = smart_resize(height, width, factor=config.factor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    new_height, new_width = config.resized(height, width)
     if (new_height, new_width) != (height, width):
         resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
         image = np.asarray(resized)

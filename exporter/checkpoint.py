@@ -153,8 +153,8 @@ def open_checkpoint(model: str) -> Checkpoint:
                 raise CheckpointError(f"{disk_name} is in {tensors[name].file} and in {file}: remove the one that does not belong to this checkpoint")
             tensors[name] = TensorInfo(file, dtype, shape)
             disk_names[name] = disk_name
-    name = os.path.abspath(path) if model not in ALIASES and Path(model).is_dir() else model  # found again from another working directory
-    return Checkpoint(name, path, config, tensors, disk_names)
+    lasting = os.path.abspath(path) if model not in ALIASES and Path(model).is_dir() else model  # found again from another working directory
+    return Checkpoint(lasting, path, config, tensors, disk_names)
 
 
 def _read_config(path: Path) -> Qwen2VLConfig:

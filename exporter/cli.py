@@ -100,9 +100,9 @@ def build(
             schedule = preset_schedule(name, model_shape(checkpoint.config), keep, fingerprint=checkpoint.fingerprint)
             if schedule.stages:  # none at keep 1
                 origin = f"preset {name}, " + ("tuned for this model" if schedule.provenance.get("tuned", True) else "not tuned for this model")
-            if schedule.stages and preset is None and not tuned and sys.stdin.isatty():
-                question = f"No schedule is tuned for keep {keep:g} (vflow-export tune makes one). Build with the untuned preset {name}?"
-                click.confirm(question, default=True, abort=True, err=True)
+                if preset is None and not tuned and sys.stdin.isatty():
+                    question = f"No schedule is tuned for keep {keep:g} (vflow-export tune makes one). Build with the untuned preset {name}?"
+                    click.confirm(question, default=True, abort=True, err=True)
             if TENSORRT_LLM in engines_for:
                 able = schedule_for_tensorrt_llm(schedule, checkpoint.config.text_config.num_hidden_layers)
                 if able is not schedule:

@@ -166,7 +166,6 @@ def tune(
     count, beyond = trials or usual_trials, preset is None
     wants_tower = (prefill_flops is not None or pareto == "flops") if tower is None else tower
     with one_line_errors():
-        from ..engines.preprocess import smart_resize
         from .build import image_processor
         from .checkpoint import open_checkpoint
         from .data import CALIBRATION_SEED, generated_samples, read_samples
@@ -193,8 +192,8 @@ def tune(
             checkpoint = open_checkpoint(model)
             shape = model_shape(checkpoint.config)
             processor = image_processor(checkpoint)  # which also scales what the search looks at
-            height, width = smart_resize(side, side, factor=processor.factor, min_pixels=processor.min_pixels, max_pixels=processor.max_pixels)
-            budget = replace(budget, rows=height // processor.factor, columns=width // processor.factor)
+            rows, columns = (length // processor.factor for length in processor.resized(side, side))
+            budget = replace(budget, rows=rows, columns=columns)
             space = SearchSpace.for_model(
                 shape, budget, tower=beyond and wants_tower, guidance=beyond if guidance is None else guidance, paper=not beyond
             )

@@ -240,13 +240,11 @@ class SearchSpace:
         importance = Importance(choice.threshold, weight, self._vision_layer(unit, tower), choice.score_rows)
         if choice.global_rows and not choice.threshold:  # what is only costed so far: a threshold that needs these rows
             importance = replace(importance, global_threshold=min(MAX_GLOBAL_THRESHOLD, KEEP_UNIT / choice.global_rows))
-        stages = _cutting([*tower, *decoder])
-        recycles = any(stage.recycle is not None for stage in stages)
-        guided = any(stage.part == "decoder" and stage.layer > 0 for stage in stages)  # what has no effect is left out
-        return Schedule(
-            stages,
-            importance,
-            guidance_weight=_beyond_zero(unit.get("guidance_weight", 0.0)) if guided else 0.0,
+        found = Schedule(_cutting([*tower, *decoder]), importance)
+        recycles = any(stage.recycle is not None for stage in found.stages)
+        return replace(  # what would have no effect is left out
+            found,
+            guidance_weight=_beyond_zero(unit.get("guidance_weight", 0.0)) if found.later_stages else 0.0,
             proportional_attention=MAX_PROPORTIONAL_ATTENTION * _beyond_zero(unit.get("proportional_attention", 0.0)) if recycles else 0.0,
         )
 

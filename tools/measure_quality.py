@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tune_presets import KEEPS, TEXT_TOKENS
 from vflow.exporter.budget import prefill_flops
+from vflow.exporter.build import image_processor
 from vflow.exporter.candidates import UNPRUNED, method_candidates
 from vflow.exporter.checkpoint import Checkpoint, open_checkpoint
 from vflow.exporter.data import CALIBRATION_SEED, LabelledSample, generated_samples
@@ -167,7 +168,8 @@ class Bench:
         return rows
 
     def space(self, budget: Budget, *, tower: bool = False) -> SearchSpace:
-        grid = self.args.side // 28
+        processor = image_processor(self.checkpoint)
+        grid = processor.resized(self.args.side, self.args.side)[0] // processor.factor
         return SearchSpace.for_model(self.shape, replace(budget, rows=grid, columns=grid, text_tokens=TEXT_TOKENS), tower=tower, guidance=True)
 
     def tune(self, space: SearchSpace, name: str) -> Schedule:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from vflow.exporter.build import image_processor
 from vflow.exporter.checkpoint import Checkpoint, open_checkpoint
 from vflow.exporter.data import CALIBRATION_SEED, CalibrationSample, generated_samples
 from vflow.exporter.models.qwen2_vl import model_shape
@@ -31,7 +32,7 @@ KEEPS = (0.33, 0.22, 0.11, 0.10, 0.05)
 # Prefill FLOPs beside each keep, with tower stages. More cannot be saved for long: what the decoder keeps is what the tower must keep too.
 TOWER_FLOPS = {0.33: 0.45, 0.22: 0.35, 0.11: 0.25, 0.10: 0.25, 0.05: 0.20}
 TEXT_TOKENS = 12  # of the generated questions
-GAMMAS = (1.0, 1.5, 2.0, 2.5, 3.0)
+GAMMAS = (1.0, 1.5, 2.0, 2.5, 3.0)  # tried for the schedule that is chosen
 PART = 90  # samples that are judged at a time: each keeps its tower's states
 
 
@@ -52,7 +53,8 @@ def main() -> None:
         parser.error(f"no FLOPs are set for tower stages at keep {', '.join(map(str, sorted(unknown)))}: add them to TOWER_FLOPS, or --no-tower")
     torch.set_num_threads(args.threads)
     checkpoint = open_checkpoint(args.model)
-    shape, grid = model_shape(checkpoint.config), args.side // 28
+    shape, processor = model_shape(checkpoint.config), image_processor(checkpoint)
+    rows, columns = (length // processor.factor for length in processor.resized(args.side, args.side))
     blocks = SearchSpace.for_model(shape, Budget(), tower=True).entry_blocks
     samples = list(generated_samples(args.samples + args.judges, BENCH_KINDS, args.side, seed=CALIBRATION_SEED))
     judges = samples[args.samples :]
@@ -62,7 +64,7 @@ def main() -> None:
         found: list[Mapping[str, float | str]] = []
         for keep in sorted(args.keeps):
             began = time.monotonic()
-            budget = Budget(keep, prefill_flops=TOWER_FLOPS[keep] if tower else None, rows=grid, columns=grid, text_tokens=TEXT_TOKENS)
+            budget = Budget(keep, prefill_flops=TOWER_FLOPS[keep] if tower else None, rows=rows, columns=columns, text_tokens=TEXT_TOKENS)
             space = SearchSpace.for_model(shape, budget, tower=tower, guidance=True)
             start = [*space.starts(), *found]
             searches = [

@@ -30,14 +30,19 @@ for target in TARGETS:  # the one kernel that no graph holds
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Path]:
-    """Folders with all kernels of ``kernel_graph`` for all targets, by precision. A process each: this one may hold interpreted kernels."""
+def compiler_environment(request: pytest.FixtureRequest) -> dict[str, str]:
+    """For processes that compile kernels, since this one interprets them."""
     cache = Path(request.config.cache.mkdir("kernels"))  # type: ignore[union-attr]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory, compiler_environment: dict[str, str]) -> dict[str, Path]:
+    """Folders with all kernels of ``kernel_graph`` for all targets, by precision. A process each: this one may hold interpreted kernels."""
     folders = {precision: tmp_path_factory.mktemp(precision) for precision in PRECISIONS}
     processes = {
         precision: subprocess.Popen(
-            [sys.executable, "-c", COMPILE, str(folder), precision], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, "-c", COMPILE, str(folder), precision], env=compiler_environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
         )
         for precision, folder in folders.items()
     }

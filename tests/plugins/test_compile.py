@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -154,13 +153,13 @@ def test_a_folder_without_usable_contracts_is_refused(tmp_path: Path, content: s
 
 
 @pytest.mark.parametrize(("options", "kernels"), [(["--preset", "tuned-tower", "--keep", "0.11"], 8), (["--keep", "1"], 0)])
-def test_build_compiles_what_the_graphs_of_the_engine_call(tmp_path: Path, request: pytest.FixtureRequest, options: list[str], kernels: int) -> None:
+def test_build_compiles_what_the_graphs_of_the_engine_call(
+    tmp_path: Path, compiler_environment: dict[str, str], options: list[str], kernels: int
+) -> None:
     """``build --compute-capability`` in a process of its own, with the compiler and not the interpreter."""
-    cache = Path(request.config.cache.mkdir("kernels"))  # type: ignore[union-attr]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, "-c", "from vflow.exporter.cli import main; main()", "build", "--model", "tiny", "--output", str(tmp_path / "engine")]
     command += [*options, "--precision", "fp16", "--compute-capability", "9.0", "--compute-capability", "8.7"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=compiler_environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = read_contracts(tmp_path / "engine" / "plugins")
     graphs = [onnx.load(tmp_path / "engine" / f"{name}.onnx", load_external_data=False) for name in ("vision", "language")]
