@@ -2,6 +2,7 @@
 
     KeepTop          index = the ``count`` largest keys, ties to the lower index, ascending
     KeepTopPerCell   the exact-budget form of VFlowOpt's prune-and-recycle: kept tokens, then one representative a grid cell
+    GroupTokens      the tokens of each survivor beside each other
     MergeTokens      each non-survivor is merged into the representative of its cell: Σ w x / Σ w, w = max(s, 0) + ε
     GatherTokens     hidden states, rotary tables and ranking keys of the survivors, together
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from .node import emit, function_body, is_tracing, length_vector
 from .torch_ops import register
 
-__all__ = ["FUNCTIONS", "MEMBERS", "WEIGHT_FLOOR", "count_members", "gather_tokens", "keep_top", "keep_top_per_cell", "merge_tokens"]
+__all__ = ["FUNCTIONS", "MEMBERS", "WEIGHT_FLOOR", "gather_tokens", "group_tokens", "keep_top", "keep_top_per_cell", "merge_by_slot", "merge_tokens"]
 
 Size = int | torch.SymInt
 
@@ -80,19 +81,40 @@ def _reference_keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor
     place = torch.full((tokens,), -1, device=rank.device).scatter_(0, index, torch.arange(count, device=rank.device))
     cell_place = torch.full((cell_total,), -1, device=rank.device).scatter_reduce_(0, cell, torch.where(representative, place, -1), "amax")
     slot = torch.where(place >= 0, place, cell_place[cell])
-    return index, slot, count_members(slot, count)
+    return index, slot, _count_members(slot, count)
 
 
-def count_members(slot: Tensor, survivors: int) -> Tensor:
-    """How many tokens have each slot: int64 [survivors] from slot int64 [N], where −1 counts nowhere. Not for tracing."""
+def _count_members(slot: Tensor, survivors: int) -> Tensor:
     return torch.bincount(slot[slot >= 0], minlength=survivors)
 
 
-def merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+def group_tokens(index: Tensor, slot: Tensor, members: Tensor) -> Tensor:
+    """The tokens in the order of their slots: those of survivor 0, then of 1, …, and last those that have none.
+
+    A group of its own for each survivor is what lets a kernel read a survivor's tokens without looking for them.
+
+    Args:
+        index: int64 [M]; slot: int64 [N]; members: int64 [M], as from ``keep_top_per_cell``.
+
+    Returns:
+        order int64 [N], a permutation, ascending within a slot: survivor m has ``order[s : s + members[m]]`` with s = Σ ``members[:m]``.
+    """
+    if is_tracing():
+        return emit("GroupTokens", (index, slot, members), {}, [(torch.int64, slot.shape)])[0]
+    order: Tensor = _group_tokens(index, slot, members)
+    return order
+
+
+def _reference_group_tokens(index: Tensor, slot: Tensor, members: Tensor) -> Tensor:
+    return torch.argsort(torch.where(slot < 0, index.shape[0], slot), stable=True)
+
+
+def merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Survivors with what was merged into them.
 
     Args:
         features: [N, F]; importance: float32 [N]; index: int64 [M]; slot: int64 [N]; members: int64 [M], these three from ``keep_top_per_cell``.
+        order: int64 [N] from ``group_tokens``; says the same as ``slot``, and a kernel needs it where standard operators need that.
 
     Returns:
         merged [M, F] (dtype of ``features``; a survivor alone is copied bit for bit) and the summed importance of each survivor's
@@ -101,14 +123,14 @@ def merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tens
     if is_tracing():
         survivors = index.shape[0]
         outputs = [(features.dtype, (survivors, features.shape[1])), (torch.float32, (survivors,))]
-        merged, summed = emit("MergeTokens", (features, importance, index, slot, members), {"floor": WEIGHT_FLOOR}, outputs)
+        merged, summed = emit("MergeTokens", (features, importance, index, slot, members, order), {"floor": WEIGHT_FLOOR}, outputs)
         return merged, summed
-    merged, summed = _merge_tokens(features, importance, index, slot, members, WEIGHT_FLOOR)
+    merged, summed = _merge_tokens(features, importance, index, slot, members, order, WEIGHT_FLOOR)
     return merged, summed
 
 
 def _reference_merge_tokens(
-    features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, floor: float
+    features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, order: Tensor, floor: float
 ) -> tuple[Tensor, Tensor]:
     survivors = index.shape[0]
     taken = slot >= 0
@@ -120,6 +142,12 @@ def _reference_merge_tokens(
     merged.index_add_(0, target, features[taken].float() * share[:, None])
     summed = importance.new_zeros(survivors).index_add_(0, target, importance[taken])
     return torch.where(members[:, None] > 1, merged.to(features.dtype), features[index]), summed
+
+
+def merge_by_slot(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    """``merge_tokens`` for slots of any origin: merged [M, F] from index int64 [M] and slot int64 [N]. Not for tracing."""
+    members = _count_members(slot, index.shape[0])
+    return merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))[0]
 
 
 def gather_tokens(hidden: Tensor, cos: Tensor, sin: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,10 +191,16 @@ _keep_top_per_cell = register(
     lambda importance, cell, cells, survivors: (cell.new_empty(survivors.shape), cell.new_empty(cell.shape), cell.new_empty(survivors.shape)),
     "selection_kernels:KEEP_TOP_PER_CELL",
 )
+_group_tokens = register(
+    "group_tokens(Tensor index, Tensor slot, Tensor members) -> Tensor",
+    _reference_group_tokens,
+    lambda index, slot, members: slot.new_empty(slot.shape),
+    "selection_kernels:GROUP_TOKENS",
+)
 _merge_tokens = register(
-    "merge_tokens(Tensor features, Tensor importance, Tensor index, Tensor slot, Tensor members, float floor) -> (Tensor, Tensor)",
+    "merge_tokens(Tensor features, Tensor importance, Tensor index, Tensor slot, Tensor members, Tensor order, float floor) -> (Tensor, Tensor)",
     _reference_merge_tokens,
-    lambda features, importance, index, slot, members, floor: (
+    lambda features, importance, index, slot, members, order, floor: (
         features.new_empty(index.shape[0], features.shape[1]),
         importance.new_empty(index.shape),
     ),
@@ -257,8 +291,26 @@ KeepTopPerCell (importance, cell, cells, survivors) => (index, slot, members) {
     + "}"
 )
 
+# What ``GroupTokens`` sorts by: the slot, and behind all of them for tokens that have none.
+GROUP_KEY = """
+    survivors = Shape(index)
+    zero_slot = Constant <value_ints: ints = [0]>()
+    has_slot = GreaterOrEqual(slot, zero_slot)
+    group = Where(has_slot, slot, survivors)
+"""
+
+GROUP_TOKENS = function_body(
+    "GroupTokens (index, slot, members) => (order) {"
+    + GROUP_KEY
+    + """
+    tokens = Shape(slot)
+    groups, order = TopK <axis: int = 0, largest: int = 0, sorted: int = 1>(group, tokens)
+}
+"""
+)
+
 MERGE_TOKENS = function_body("""
-MergeTokens <floor: float>(features, importance, index, slot, members) => (merged, summed) {
+MergeTokens <floor: float>(features, importance, index, slot, members, order) => (merged, summed) {
     zero = Constant <value_ints: ints = [0]>()
     one = Constant <value_ints: ints = [1]>()
     start = Constant <value_int: int = 0>()
@@ -300,4 +352,4 @@ GatherTokens (hidden, cos, sin, key, index) => (hidden_kept, cos_kept, sin_kept,
 }
 """)
 
-FUNCTIONS = (KEEP_TOP, KEEP_TOP_PER_CELL, MERGE_TOKENS, GATHER_TOKENS)
+FUNCTIONS = (KEEP_TOP, KEEP_TOP_PER_CELL, GROUP_TOKENS, MERGE_TOKENS, GATHER_TOKENS)

@@ -1,8 +1,10 @@
-"""Which tokens survive, on the GPU (definitions in ``compaction.py``): exact, so bit for bit what the reference selects.
+"""Which tokens survive, and whose each token is, on the GPU (definitions in ``compaction.py``): exact, so bit for bit what the reference selects.
 
 A selection is one program, since every decision needs all tokens: a radix search over the ordered bits of the keys finds the threshold, a
 running count settles ties in favour of lower indices and numbers the survivors. Everything is integer arithmetic. With N up to a few
 thousand tokens this is a matter of microseconds to a fraction of a millisecond; there is no workspace, ``slot`` holds what later passes need.
+
+``group_tokens``: one program a survivor; few look through ``slot``, since most survivors are alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import triton.language as tl
 
 from .contract import ArgumentSpec, KernelSpec
 
-__all__ = ["KEEP_TOP", "KEEP_TOP_PER_CELL", "KERNELS"]
+__all__ = ["GROUP_TOKENS", "KEEP_TOP", "KEEP_TOP_PER_CELL", "KERNELS"]
 
 DIGITS = tl.constexpr(256)  # each of 4 passes settles 8 bits of the threshold
 LOWEST = tl.constexpr(-(1 << 31))
@@ -174,12 +176,42 @@ def keep_top_per_cell_kernel(
         tl.debug_barrier()
 
 
+@triton.jit
+def group_tokens_kernel(index, slot, members, tokens, survivors, order, TILE: tl.constexpr):
+    """The tokens of one survivor, or after the last those of none, in ascending order behind those of the survivors before it."""
+    survivor = tl.program_id(0)
+    start = 0
+    for first in range(0, survivor, TILE):
+        before = first + tl.arange(0, TILE)
+        start += tl.sum(tl.load(members + before, mask=before < survivor, other=0).to(tl.int32), 0)
+    size = tokens - start
+    if survivor < survivors:
+        size = tl.load(members + survivor).to(tl.int32)
+    if (survivor < survivors) & (size == 1):
+        tl.store(order + start, tl.load(index + survivor))
+    else:
+        wanted = tl.where(survivor < survivors, survivor, -1)
+        found = 0
+        first = 0
+        while (found < size) & (first < tokens):
+            token = first + tl.arange(0, TILE)
+            mine = (tl.load(slot + token, mask=token < tokens, other=-2) == wanted).to(tl.int32)
+            place = start + found + tl.cumsum(mine, 0) - 1
+            tl.store(order + place, token.to(tl.int64), mask=mine > 0)
+            found += tl.sum(mine, 0)
+            first += TILE
+
+
 def _keep_top_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
     return {"TILE": 2048}
 
 
 def _per_cell_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
     return {"TILE": 2048, "CELL_TILE": 32, "NARROW_TILE": 256}
+
+
+def _group_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    return {"TILE": 2048}
 
 
 KEEP_TOP = KernelSpec(
@@ -207,4 +239,14 @@ KEEP_TOP_PER_CELL = KernelSpec(
     constants=_per_cell_constants,
     num_warps=16,
 )
-KERNELS = (KEEP_TOP, KEEP_TOP_PER_CELL)
+GROUP_TOKENS = KernelSpec(
+    op="GroupTokens",
+    kernel=group_tokens_kernel,
+    inputs=(ArgumentSpec("index", "int64", ("M",)), ArgumentSpec("slot", "int64", ("N",)), ArgumentSpec("members", "int64", ("M",))),
+    sizes={"tokens": "N", "survivors": "M"},
+    outputs=(ArgumentSpec("order", "int64", ("N",)),),
+    grid=("M + 1", "1", "1"),
+    constants=_group_constants,
+    num_warps=8,
+)
+KERNELS = (KEEP_TOP, KEEP_TOP_PER_CELL, GROUP_TOKENS)

@@ -7,7 +7,7 @@ tokens; N² comparisons that a compiler fuses with their sum. ONNX Runtime, whic
 
 from __future__ import annotations
 
-from .compaction import MEMBERS
+from .compaction import GROUP_KEY, MEMBERS
 from .node import function_body
 
 __all__ = ["FUNCTIONS", "TOP_K_LIMIT"]
@@ -104,4 +104,17 @@ KEEP_TOP_PER_CELL = function_body(
     + "}"
 )
 
-FUNCTIONS = (KEEP_TOP, KEEP_TOP_PER_CELL)
+# A token's place is the number of tokens ahead of it; those are a permutation.
+GROUP_TOKENS = function_body(
+    "GroupTokens (index, slot, members) => (order) {"
+    + GROUP_KEY
+    + "    key = Neg(group)"
+    + RANK.format(key="key")
+    + """
+    blank = Expand(zero, tokens)
+    order = ScatterElements <axis: int = 0>(blank, rank, number)
+}
+"""
+)
+
+FUNCTIONS = (KEEP_TOP, KEEP_TOP_PER_CELL, GROUP_TOKENS)

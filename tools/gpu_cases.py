@@ -1,7 +1,7 @@
 """The inputs on which ``gpu_check.py`` runs every kernel, what comes out in float64, and the same in plain PyTorch.
 
-Sizes are those of Qwen2-VL-7B on an image of 1,024 and of 4,096 visual tokens (``usual``, ``large``), odd ones (``odd``), and tiny ones for trying
-the program itself on a CPU (``tiny``).
+Sizes are those of Qwen2-VL-7B on an image of 1,024 and of 4,096 visual tokens (``usual``, ``large``), of a stage in its tower with small cells
+(``tower``), odd ones (``odd``), and tiny ones for trying the program itself on a CPU (``tiny``).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vflow.plugins.compaction import WEIGHT_FLOOR, keep_top, keep_top_per_cell
+from vflow.plugins.compaction import WEIGHT_FLOOR, group_tokens, keep_top, keep_top_per_cell
 from vflow.plugins.compaction_kernels import GATHER_TOKENS, MERGE_TOKENS
 from vflow.plugins.contract import KernelSpec
 from vflow.plugins.entropy_kernels import PATCH_ENTROPY
 from vflow.plugins.guidance_kernels import LAST_TOKEN_ATTENTION
 from vflow.plugins.importance_kernels import MASKED_COLUMN_MEAN, ROW_LOG_SUM_EXP
-from vflow.plugins.selection_kernels import KEEP_TOP, KEEP_TOP_PER_CELL
+from vflow.plugins.selection_kernels import GROUP_TOKENS, KEEP_TOP, KEEP_TOP_PER_CELL
 
 __all__ = ["SIZES", "Case", "Sizes", "cases", "expected_column_mean", "expected_row_lse"]
 
@@ -51,6 +51,7 @@ SIZES = {
     "tiny": Sizes(2, 24, 37, 21, 6, 4, 40, (6, 2), 16),
     "odd": Sizes(3, 80, 517, 131, 33, 7, 3584 - 24),
     "usual": Sizes(16, 80, 4096, 1024, 103, 9, 3584),
+    "tower": Sizes(16, 80, 1024, 6084, 2000, 676, 5120),
     "large": Sizes(16, 80, 16384, 16384, 1638, 28, 3584),
 }
 
@@ -149,7 +150,8 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
     survivors = torch.zeros(sizes.survivors, dtype=torch.int32, device=device)
     cells = torch.arange(sizes.cells, device=device)
     on_cpu = importance.cpu()
-    index, slot, members = (x.to(device) for x in keep_top_per_cell(on_cpu, cell.cpu(), cells.cpu(), sizes.survivors))
+    selected = keep_top_per_cell(on_cpu, cell.cpu(), cells.cpu(), sizes.survivors)
+    index, slot, members, order = (x.to(device) for x in (*selected, group_tokens(*selected)))
     features = normal(sizes.tokens, sizes.hidden)
     hidden, cos, sin = normal(1, sizes.tokens, sizes.hidden), normal(1, sizes.tokens, 64), normal(1, sizes.tokens, 64)
     item = features.element_size()
@@ -161,7 +163,10 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
         shares = belongs * weight
         return [shares / shares.sum(1, keepdim=True) @ features.double(), belongs @ importance.double()]
 
-    def eager_merge(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor) -> Tensor:
+    def eager_group(index: Tensor, slot: Tensor, members: Tensor) -> Tensor:
+        return torch.argsort(torch.where(slot < 0, index.shape[0], slot), stable=True)
+
+    def eager_merge(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, order: Tensor) -> Tensor:
         taken = slot >= 0
         weight = torch.where(taken, importance.clamp(min=0) + WEIGHT_FLOOR, 0.0)
         target = slot.clamp(min=0)
@@ -189,8 +194,9 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
     return [
         Case(KEEP_TOP, [importance, survivors], {}, lambda: [keep_top(on_cpu, sizes.survivors)], eager_top, (EXACT,), sizes=shown),
         Case(KEEP_TOP_PER_CELL, [importance, cell, cells, survivors], {}, lambda: [index, slot, members], eager_per_cell, (EXACT,) * 3, sizes=shown),
+        Case(GROUP_TOKENS, [index, slot, members], {}, lambda: [order], eager_group, (EXACT,), sizes=shown),
         Case(
-            MERGE_TOKENS, [features, importance, index, slot, members], {"floor": WEIGHT_FLOOR}, expected_merge, eager_merge,
+            MERGE_TOKENS, [features, importance, index, slot, members, order], {"floor": WEIGHT_FLOOR}, expected_merge, eager_merge,
             (ROUNDING[features.dtype], SCORE_TOLERANCE), floor=1e-1, moved=rows * sizes.hidden * item, sizes=shown,
         ),
         Case(

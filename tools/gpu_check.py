@@ -35,7 +35,7 @@ import triton
 from gpu_cases import SIZES, Case, cases
 from gpu_engines import check_engine
 from gpu_models import Runtime, available_runtimes, check_model, compare_speed, large_model, schedules, unsupported_gpu
-from gpu_timing import machine_limits, scoring_times, time_case
+from gpu_timing import machine_limits, merging_times, scoring_times, time_case
 from torch import Tensor
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.plugins.launch import PRECISION_OF, launch
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write all results there as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["odd", "usual", "large"])
+    parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["odd", "usual", "tower", "large"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; on a CPU kernels and times")
     parser.add_argument("--shape", choices=["tiny", "2b", "7b"], default="7b", help="of the model that is timed")
     parser.add_argument("--sides", nargs="+", type=int, default=[46, 78], help="of the timed images, in visual tokens: 2,116 and 6,084 of them")
@@ -200,10 +200,17 @@ def time_everything(report: Report, sizes: Sequence[str], device: torch.device, 
     limits = machine_limits(device, TIMED_DTYPE)
     print("limits   " + "  ".join(f"{name} {value:.1f}" for name, value in limits.items()))
     for name in sizes:
-        for case in cases(SIZES[name], TIMED_DTYPE, device, seed):
+        timed = {case.spec.op: case for case in cases(SIZES[name], TIMED_DTYPE, device, seed)}
+        for case in timed.values():
             report.add("time", named(case, TIMED_DTYPE), lambda case=case: time_case(case, lambda: run_kernel(case), limits, device))  # type: ignore[misc]
         size = SIZES[name]
         report.add("time", f"scoring, patches={size.patches}", lambda size=size: scoring_times(size, TIMED_DTYPE, device))  # type: ignore[misc]
+        group, merge = timed["GroupTokens"], timed["MergeTokens"]
+        report.add(
+            "time",
+            f"merging, tokens={size.tokens} cells={size.cells}",
+            lambda g=group, m=merge: merging_times(lambda: run_kernel(g), lambda: run_kernel(m), m.moved, limits, device),  # type: ignore[misc]
+        )
     return limits
 
 

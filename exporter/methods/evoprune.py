@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...plugins.compaction import count_members, keep_top, merge_tokens
+from ...plugins.compaction import keep_top, merge_by_slot
 from ..budget import spend_keep
 from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
 from ..schedule import KEEP_UNIT, Schedule, ScheduleError, Stage, keep_count
@@ -40,7 +40,7 @@ class EvoPruneVision(VisionGraph):
         kept = keep_top(token_value(state.importance, cosine), keep_count(state.budget, stage.keep))
         slot = cosine[:, kept].argmax(1)
         slot[kept] = torch.arange(kept.shape[0], device=kept.device)
-        merged, _ = merge_tokens(wide, state.importance, kept, slot, count_members(slot, kept.shape[0]))
+        merged = merge_by_slot(wide, state.importance, kept, slot)
         return Compacted(merged.reshape(-1, features.shape[1]), state.importance[kept], kept)
 
 

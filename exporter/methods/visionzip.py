@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...plugins.compaction import count_members, keep_top, merge_tokens
+from ...plugins.compaction import keep_top, merge_by_slot
 from ...plugins.importance import received_attention
 from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
@@ -38,7 +38,7 @@ class VisionZipVision(VisionGraph):
             raise ValueError("visionzip compares the keys of the block that was scored last: its stage must follow one")
         kept, slot = zip_tokens(state.importance, self._token_keys(state.key), keep_count(state.budget, stage.keep))
         alike = torch.ones_like(state.importance)  # equal weights: a mean
-        merged, _ = merge_tokens(features, alike, kept, slot, count_members(slot, kept.shape[0]))
+        merged = merge_by_slot(features, alike, kept, slot)
         return Compacted(merged, state.importance[kept], kept)
 
     def _token_keys(self, key: Tensor) -> Tensor:

@@ -67,9 +67,9 @@ def test_standard_operators_that_engines_fuse_are_there_as_one_node_each(engines
     [
         ("unpruned", "vision", {}),
         ("unpruned", "language", {}),
-        (PRUNED, "vision", {"RowLogSumExp": 3, "MaskedColumnMean": 6, "KeepTop": 4, "KeepTopPerCell": 2, "MergeTokens": 2}),
+        (PRUNED, "vision", {"RowLogSumExp": 3, "MaskedColumnMean": 6, "KeepTop": 4, "KeepTopPerCell": 2, "GroupTokens": 2, "MergeTokens": 2}),
         (PRUNED, "language", {"KeepTop": 2, "GatherTokens": 2}),
-        (PROPORTIONAL, "vision", {"RowLogSumExp": 2, "MaskedColumnMean": 2, "KeepTop": 1, "KeepTopPerCell": 2, "MergeTokens": 3}),
+        (PROPORTIONAL, "vision", {"RowLogSumExp": 2, "MaskedColumnMean": 2, "KeepTop": 1, "KeepTopPerCell": 2, "GroupTokens": 2, "MergeTokens": 3}),
         (PROPORTIONAL, "language", {"KeepTop": 1, "GatherTokens": 1, "LastTokenAttention": 1}),
         (GUIDED, "vision", {"RowLogSumExp": 1, "MaskedColumnMean": 1}),
         (GUIDED, "language", {"KeepTop": 2, "GatherTokens": 2, "LastTokenAttention": 2}),

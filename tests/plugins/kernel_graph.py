@@ -32,7 +32,8 @@ def kernel_graph(precision: str) -> onnx.ModelProto:
     node("MaskedColumnMean", query, key, ("F", (TOWER_HEADS, "R")), ("B", ("R",)), scale=HEAD_DIM**-0.5)
     node("KeepTop", ("F", ("N",)), ("i", ("M",)))
     node("KeepTopPerCell", ("F", ("N",)), ("I", ("N",)), ("I", ("C",)), ("i", ("M",)))
-    merged = [("F", ("N",)), ("I", ("M",)), ("I", ("N",)), ("I", ("M",))]
+    node("GroupTokens", ("I", ("M",)), ("I", ("N",)), ("I", ("M",)))
+    merged = [("F", ("N",)), ("I", ("M",)), ("I", ("N",)), ("I", ("M",)), ("I", ("N",))]
     for width in (TOWER_WIDTH, WIDTH, WIDTH):  # the last one again: one kernel serves both
         node("MergeTokens", ("T", ("N", width)), *merged, floor=WEIGHT_FLOOR)
     node("MergeTokens", ("F", ("N", 1)), *merged, floor=WEIGHT_FLOOR)  # sizes, float32 in any precision

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx_ops import run_op
 from vflow.exporter.schedule import cell_count, cell_of, keep_count
-from vflow.plugins.compaction import WEIGHT_FLOOR, gather_tokens, keep_top, keep_top_per_cell, merge_tokens
+from vflow.plugins.compaction import WEIGHT_FLOOR, gather_tokens, group_tokens, keep_top, keep_top_per_cell, merge_tokens
 
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
 
@@ -99,6 +99,15 @@ def test_what_is_merged_goes_to_one_representative_of_its_cell(case: Case) -> No
             assert int(cell[index[place]]) == where
 
 
+@given(cases())
+def test_tokens_are_grouped_by_survivor_in_both_forms(case: Case) -> None:
+    index, slot, members = keep_top_per_cell(*case)
+    groups = [[i for i, place in enumerate(slot.tolist()) if place == survivor] for survivor in (*range(case[3]), -1)]
+    expected = [token for group in groups for token in group]
+    assert group_tokens(index, slot, members).tolist() == expected
+    assert run_op("GroupTokens", index, slot, members)[0].tolist() == expected
+
+
 def test_members_of_a_cell_without_surviving_representative_are_dropped() -> None:
     importance = torch.tensor([4.0, 3.0, 2.0, 1.0])
     index, slot, members = keep_top_per_cell(importance, torch.tensor([0, 0, 1, 1]), torch.arange(2), 1)
@@ -135,14 +144,14 @@ def test_keep_1024_changes_nothing_bit_for_bit(case: Case) -> None:
     count = keep_count(tokens, 1024)
     features = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(0)).half()
     index, slot, members = keep_top_per_cell(importance, cell, cells, count)
-    merged, summed = merge_tokens(features, importance, index, slot, members)
+    merged, summed = merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))
     assert torch.equal(index, torch.arange(tokens))
     assert torch.equal(slot, torch.arange(tokens))
     assert torch.equal(merged, features)
     assert torch.equal(summed, importance)
     assert members.tolist() == [1] * tokens
     selected = run_op("KeepTopPerCell", importance, cell, cells, np.zeros(count, np.int32))
-    exported = run_op("MergeTokens", features, importance, *selected, floor=WEIGHT_FLOOR)
+    exported = run_op("MergeTokens", features, importance, *selected, *run_op("GroupTokens", *selected), floor=WEIGHT_FLOOR)
     assert exported[0].tobytes() == features.numpy().tobytes()
 
 
@@ -151,7 +160,7 @@ def test_merged_features_are_the_weighted_means_of_the_definition(case: Case, wi
     importance, cell, cells, count = case
     index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     features = torch.randn(len(importance), width, generator=torch.Generator().manual_seed(1))
-    merged, summed = merge_tokens(features, importance, index, slot, members)
+    merged, summed = merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))
     for place, survivor in enumerate(index.tolist()):
         group = [i for i in range(len(slot)) if slot[i] == place]
         weights = [max(float(importance[i]), 0.0) + WEIGHT_FLOOR for i in group]
@@ -169,8 +178,8 @@ def test_function_body_merges_the_same(dtype: torch.dtype, tolerance: float, cas
     importance, cell, cells, count = case
     index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     features = torch.randn(len(importance), 4, generator=torch.Generator().manual_seed(2)).to(dtype)
-    merged, summed = merge_tokens(features, importance, index, slot, members)
-    actual = run_op("MergeTokens", features, importance, index, slot, members, floor=WEIGHT_FLOOR)
+    merged, summed = merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))
+    actual = run_op("MergeTokens", features, importance, index, slot, members, group_tokens(index, slot, members), floor=WEIGHT_FLOOR)
     assert actual[0].dtype == features.numpy().dtype
     np.testing.assert_allclose(actual[0].astype(float), merged.double(), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(actual[1], summed, rtol=1e-6, atol=1e-6)
@@ -182,7 +191,7 @@ def test_a_cell_of_zero_or_negative_importance_still_has_a_mean() -> None:
     features = torch.tensor([[1.0], [3.0], [8.0]])
     importance = torch.tensor([0.0, -2.0, -5.0])
     index, slot, members = keep_top_per_cell(importance, torch.zeros(3, dtype=torch.long), torch.arange(1), 1)
-    merged, _ = merge_tokens(features, importance, index, slot, members)
+    merged, _ = merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))
     assert merged.tolist() == [[4.0]]
 
 

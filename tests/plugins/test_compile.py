@@ -18,7 +18,7 @@ from vflow.plugins.compile import MANIFEST_FILE, TARGETS, CompileError, compile_
 from vflow.plugins.contract import PRECISIONS, Contract, ContractError, evaluate
 from vflow.plugins.driver import DriverError, DriverKernel
 
-OPS = {"RowLogSumExp", "MaskedColumnMean", "KeepTop", "KeepTopPerCell", "MergeTokens", "GatherTokens", "LastTokenAttention"}
+OPS = {"RowLogSumExp", "MaskedColumnMean", "KeepTop", "KeepTopPerCell", "GroupTokens", "MergeTokens", "GatherTokens", "LastTokenAttention"}
 SUFFIXES = {"9.0": "a", "10.0": "a", "12.0": "a"}  # code for one architecture only
 
 
@@ -152,7 +152,7 @@ def test_a_folder_without_usable_contracts_is_refused(tmp_path: Path, content: s
         read_contracts(tmp_path)
 
 
-@pytest.mark.parametrize(("options", "kernels"), [(["--preset", "tuned-tower", "--keep", "0.11"], 8), (["--keep", "1"], 0)])
+@pytest.mark.parametrize(("options", "kernels"), [(["--preset", "tuned-tower", "--keep", "0.11"], 9), (["--keep", "1"], 0)])
 def test_build_compiles_what_the_graphs_of_the_engine_call(
     tmp_path: Path, compiler_environment: dict[str, str], options: list[str], kernels: int
 ) -> None:

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_errors import check
 from onnx_ops import run_op
-from vflow.plugins.compaction import WEIGHT_FLOOR, gather_tokens, keep_top, keep_top_per_cell, merge_tokens
+from vflow.plugins.compaction import WEIGHT_FLOOR, gather_tokens, group_tokens, keep_top, keep_top_per_cell, merge_tokens
 from vflow.plugins.compaction_kernels import GATHER_TOKENS, MERGE_TOKENS
 from vflow.plugins.contract import ContractError
 from vflow.plugins.launch import launch
-from vflow.plugins.selection_kernels import KEEP_TOP, KEEP_TOP_PER_CELL
+from vflow.plugins.selection_kernels import GROUP_TOKENS, KEEP_TOP, KEEP_TOP_PER_CELL
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_STEP = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one rounding of the result, and float32 sums
@@ -53,6 +53,9 @@ def test_survivors_are_the_same_bit_for_bit_in_reference_function_and_kernel(cas
     for reference, by_kernel, by_function in zip(expected, kernel, function, strict=True):
         assert torch.equal(by_kernel, reference)
         np.testing.assert_array_equal(by_function, reference)
+    order = group_tokens(*expected)
+    assert torch.equal(launch(GROUP_TOKENS, expected)[0], order)
+    np.testing.assert_array_equal(run_op("GroupTokens", *expected)[0], order)
 
 
 @given(st.data())
@@ -74,9 +77,10 @@ def test_selection_runs_over_several_tiles(tokens: int) -> None:
     cell, cells = torch.tensor(rng.integers(0, 100, tokens)), torch.arange(100)
     for count in (1, 60, 700, tokens):
         assert torch.equal(launch(KEEP_TOP, [importance, length(count)])[0], keep_top(importance, count))
-        kernel = launch(KEEP_TOP_PER_CELL, [importance, cell, cells, length(count)])
-        for actual, expected in zip(kernel, keep_top_per_cell(importance, cell, cells, count), strict=True):
+        selected = keep_top_per_cell(importance, cell, cells, count)
+        for actual, expected in zip(launch(KEEP_TOP_PER_CELL, [importance, cell, cells, length(count)]), selected, strict=True):
             assert torch.equal(actual, expected)
+        assert torch.equal(launch(GROUP_TOKENS, selected)[0], group_tokens(*selected))
 
 
 @given(selections(), st.integers(1, 50), st.sampled_from(DTYPES), st.booleans())
@@ -87,7 +91,8 @@ def test_merged_features(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, i
     index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     features = torch.randn(len(importance), width, generator=torch.Generator().manual_seed(width)).to(dtype)
     features = features.t().contiguous().t() if strided else features
-    merged, summed = launch(MERGE_TOKENS, [features, importance, index, slot, members], floor=WEIGHT_FLOOR)
+    order = group_tokens(index, slot, members)
+    merged, summed = launch(MERGE_TOKENS, [features, importance, index, slot, members, order], floor=WEIGHT_FLOOR)
     weight = importance.double().clamp(min=0).numpy() + WEIGHT_FLOOR
     belongs = slot.numpy()[None, :] == np.arange(count)[:, None]
     shares = belongs * weight
@@ -98,15 +103,32 @@ def test_merged_features(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, i
     assert torch.equal(merged[alone], features[index][alone])
 
 
-def test_members_are_found_in_every_tile() -> None:
-    tokens = 2500
-    importance = torch.linspace(1, 2, tokens)
-    slot = torch.full((tokens,), -1)
-    slot[[0, 1023, 1024, 1777, 2499]] = 0
-    slot[5] = 1
-    given = [torch.randn(tokens, 33), importance, torch.tensor([1024, 5]), slot, torch.tensor([5, 1])]
+def check_merging(features: torch.Tensor, importance: torch.Tensor, slot: torch.Tensor) -> None:
+    """The kernels against the references, for the slots 0, 1, …, of which each survivor is the first token."""
+    survivors = int(slot.max()) + 1
+    index = torch.stack([(slot == survivor).nonzero()[0, 0] for survivor in range(survivors)])
+    members = torch.bincount(slot[slot >= 0], minlength=survivors)
+    order = group_tokens(index, slot, members)
+    assert torch.equal(launch(GROUP_TOKENS, [index, slot, members])[0], order)
+    given = [features, importance, index, slot, members, order]
     for actual, expected in zip(launch(MERGE_TOKENS, given, floor=WEIGHT_FLOOR), merge_tokens(*given), strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_groups_of_many_tokens_and_tokens_of_no_group() -> None:
+    slot = torch.full((2500,), -1)
+    slot[[0, 1023, 1024, 1777, 2499]] = 0
+    slot[5] = 1
+    slot[100:900] = 2
+    check_merging(torch.randn(2500, 33), torch.linspace(1, 2, 2500), slot)
+
+
+def test_more_groups_than_programs_for_them() -> None:
+    """Some programs have several, with survivors that are alone between them; more survivors than are searched at once."""
+    rng = np.random.default_rng(0)
+    slot = torch.tensor(np.concatenate([np.arange(2100), rng.permutation(2100)[:400]]))
+    check_merging(torch.randn(2500, 5), torch.tensor(rng.random(2500), dtype=torch.float32), slot)
+    check_merging(torch.randn(300, 5), torch.rand(300), torch.arange(300) % 100)
 
 
 @given(
@@ -130,10 +152,7 @@ def test_rows_wider_than_a_tile_are_copied_whole() -> None:
 
 
 def test_wide_features_are_merged_in_several_tiles() -> None:
-    importance, index, slot, members = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1, 2]), torch.tensor([0, 0, 1]), torch.tensor([2, 1])
-    given = [torch.randn(3, 2100), importance, index, slot, members]
-    for actual, expected in zip(launch(MERGE_TOKENS, given, floor=WEIGHT_FLOOR), merge_tokens(*given), strict=True):
-        torch.testing.assert_close(actual, expected)
+    check_merging(torch.randn(3, 2100), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0, 0, 1]))
 
 
 def test_inputs_on_two_devices_are_refused() -> None:

@@ -27,6 +27,7 @@ SYMBOLS = [
 ]  # fmt: skip
 LIBRARIES = ["libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11"]
 SCRIPT = Path(__file__).with_name("register_with_tensorrt.py")
+SELECTIONS = {"KeepTop", "KeepTopPerCell", "GroupTokens"}  # the same for all precisions
 NAMES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 
 
@@ -80,15 +81,15 @@ def test_outputs_have_the_types_and_ranks_of_the_onnx_nodes(registered: list[dic
 
 def test_each_precision_that_was_compiled_for_the_widths_is_offered_as_one_combination_of_types(registered: list[dict[str, Any]]) -> None:
     for plugin in registered:
-        alone = "Keep" in plugin["op"] or plugin["widths"] == {"F": 1}  # sizes are merged in float32 only
+        alone = plugin["op"] in SELECTIONS or plugin["widths"] == {"F": 1}  # sizes are merged in float32 only
         assert len({tuple(types) for types in plugin["types"]}) == len(plugin["types"]) == (1 if alone else len(PRECISIONS))
         chosen = [types for types in plugin["types"] if NAMES[plugin["precision"]] in types]
-        assert chosen or "Keep" in plugin["op"]
+        assert chosen or plugin["op"] in SELECTIONS
 
 
 def test_the_engine_gets_the_compiled_kernel(registered: list[dict[str, Any]]) -> None:
     for plugin in registered:
-        assert plugin["same_code"] or "Keep" in plugin["op"]  # a selection is the same for all precisions
+        assert plugin["same_code"] or plugin["op"] in SELECTIONS
         assert plugin["kernel"].endswith("_kernel")
 
 

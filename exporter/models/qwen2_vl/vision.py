@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....plugins.compaction import keep_top, keep_top_per_cell, merge_tokens
+from ....plugins.compaction import group_tokens, keep_top, keep_top_per_cell, merge_tokens
 from ....plugins.importance import add_entropy, context_relevance
 from ...schedule import Schedule, Stage, cell_count, cell_of, keep_count
 from ...shape import ModelShape
@@ -197,10 +197,11 @@ class VisionGraph(nn.Module):
         else:
             cell, cells = _grid_cells(state.rows, state.columns, stage.cell, features.device)
             kept, slot, members = keep_top_per_cell(importance, cell[state.index], cells, count)
-            wide, summed = merge_tokens(wide, importance, kept, slot, members)
+            order = group_tokens(kept, slot, members)
+            wide, summed = merge_tokens(wide, importance, kept, slot, members, order)
             survivor_importance = importance[kept]
             if size is not None:
-                _, size = merge_tokens(size[:, None], size, kept, slot, members)  # the sum over each survivor's members
+                _, size = merge_tokens(size[:, None], size, kept, slot, members, order)  # the sum over each survivor's members
             elif self.schedule.proportional_attention:
                 size = members.float()
             if final and self.schedule.recycled_importance == "sum":
