@@ -72,13 +72,13 @@ def bench(
                 progress=progress,
             )  # fmt: skip
         values = bench_values(measured, engines, threads=used)
-        if plot is not None:
-            first_token_plot(values, plot)
         if as_json:
             click.echo(json.dumps(values))
-            return
-        print_tables(*bench_tables(measured, engines))
-        machine = values["machine"]
-        versions = {name: version for result in measured for name, version in result.versions.items()}
-        click.echo(f"{machine['date']}, {machine['processor']}, {machine['threads']} of {machine['cores']} cores, Python {machine['python']}, "
-                   + ", ".join(f"{name} {version}" for name, version in versions.items()))  # fmt: skip
+        else:
+            print_tables(*bench_tables(measured, engines))
+            machine = values["machine"]
+            versions = {name: version for result in measured for name, version in result.versions.items()}
+            click.echo(f"{machine['date']}, {machine['processor']}, {machine['threads']} of {machine['cores']} cores, Python {machine['python']}, "
+                       + ", ".join(f"{name} {version}" for name, version in versions.items()))  # fmt: skip
+        if plot is not None:  # last: what was measured is shown even where drawing fails
+            first_token_plot(values, plot)

@@ -162,6 +162,8 @@ def tune(
         raise click.UsageError(f"--target {target} has one decoder stage and no guidance: leave out --preset and --guidance")
     if pareto is None and keep is None and kv_budget is None and prefill_flops is None:
         raise click.UsageError("a budget is needed: --keep, --kv-budget or --prefill-flops (or --pareto)")
+    if pareto == "kv" and (keep is not None or kv_budget is not None):
+        raise click.UsageError("--pareto kv leaves the keep open: leave out --keep and --kv-budget")
     usual_trials, startup = SEARCH_PRESETS[preset] if preset else (DEFAULT_TRIALS, DEFAULT_STARTUP)
     count, beyond = trials or usual_trials, preset is None
     wants_tower = (prefill_flops is not None or pareto == "flops") if tower is None else tower

@@ -392,7 +392,7 @@ def test_tune_writes_a_front_of_schedules(call: Callable[..., Result], random_ch
         (["--kv-budget", "much"], "is not a size", 1),
         (["--keep", "0"], "--keep must be above 0 and at most 1", 1),
         (["--keep", "0.1", "--prefill-flops", "0.0001"], "cannot be met with these stages", 1),
-        (["--keep", "0.1", "--pareto", "kv"], "leave out --keep", 1),
+        (["--keep", "0.1", "--pareto", "kv"], "leave out --keep", 2),
         (["--keep", "0.1", "--data", "{empty}"], "no samples", 1),
         (["--keep", "0.1", "--data", "{text}"], "image", 1),
     ],
