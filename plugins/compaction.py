@@ -58,16 +58,18 @@ def keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, count: Si
     Returns:
         index int64 [M] ascending; slot int64 [N]: the place in ``index`` of the survivor that a token is merged into (its
         own for a survivor), −1 where the cell's representative did not survive; members int64 [M]: how many tokens have each slot.
+        The op has a fourth output, home int64 [C]: the slot of those of a cell that do not survive themselves. Kernels need its memory.
     """
+    given = importance, cell, cells, length_vector(count, importance)
     if is_tracing():
-        outputs = [(torch.int64, (count,)), (torch.int64, importance.shape), (torch.int64, (count,))]
-        index, slot, members = emit("KeepTopPerCell", (importance, cell, cells, length_vector(count, importance)), {}, outputs)
-        return index, slot, members
-    index, slot, members = _keep_top_per_cell(importance, cell, cells, length_vector(count, importance))
+        outputs = [(torch.int64, shape) for shape in ((count,), importance.shape, (count,), cells.shape)]
+        index, slot, members, _ = emit("KeepTopPerCell", given, {}, outputs)
+    else:
+        index, slot, members, _ = _keep_top_per_cell(*given)
     return index, slot, members
 
 
-def _reference_keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, survivors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor, survivors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = survivors.shape[0]
     tokens, cell_total = importance.shape[0], cells.shape[0]
     order = torch.sort(importance, descending=True, stable=True).indices
@@ -79,9 +81,9 @@ def _reference_keep_top_per_cell(importance: Tensor, cell: Tensor, cells: Tensor
     key = 2 * tokens * kept.long() + tokens * representative.long() - rank  # all different
     index = key.topk(count).indices.sort().values
     place = torch.full((tokens,), -1, device=rank.device).scatter_(0, index, torch.arange(count, device=rank.device))
-    cell_place = torch.full((cell_total,), -1, device=rank.device).scatter_reduce_(0, cell, torch.where(representative, place, -1), "amax")
-    slot = torch.where(place >= 0, place, cell_place[cell])
-    return index, slot, _count_members(slot, count)
+    home = torch.full((cell_total,), -1, device=rank.device).scatter_reduce_(0, cell, torch.where(representative, place, -1), "amax")
+    slot = torch.where(place >= 0, place, home[cell])
+    return index, slot, _count_members(slot, count), home
 
 
 def _count_members(slot: Tensor, survivors: int) -> Tensor:
@@ -186,9 +188,9 @@ _keep_top = register(
     "selection_kernels:KEEP_TOP",
 )
 _keep_top_per_cell = register(
-    "keep_top_per_cell(Tensor importance, Tensor cell, Tensor cells, Tensor survivors) -> (Tensor, Tensor, Tensor)",
+    "keep_top_per_cell(Tensor importance, Tensor cell, Tensor cells, Tensor survivors) -> (Tensor, Tensor, Tensor, Tensor)",
     _reference_keep_top_per_cell,
-    lambda importance, cell, cells, survivors: (cell.new_empty(survivors.shape), cell.new_empty(cell.shape), cell.new_empty(survivors.shape)),
+    lambda importance, cell, cells, survivors: tuple(cell.new_empty(x.shape) for x in (survivors, cell, survivors, cells)),
     "selection_kernels:KEEP_TOP_PER_CELL",
 )
 _group_tokens = register(
@@ -237,7 +239,7 @@ MEMBERS = """
 
 KEEP_TOP_PER_CELL = function_body(
     """
-KeepTopPerCell (importance, cell, cells, survivors) => (index, slot, members) {
+KeepTopPerCell (importance, cell, cells, survivors) => (index, slot, members, home) {
     count = Shape(survivors)
     tokens = Shape(importance)
     cell_total = Shape(cells)
@@ -283,8 +285,8 @@ KeepTopPerCell (importance, cell, cells, survivors) => (index, slot, members) {
     target_place = Where(is_target, place, minus_one)
     target_row = Unsqueeze(target_place, zero)
     targets = Where(inside, target_row, minus_one)
-    cell_place = ReduceMax <keepdims: int = 0>(targets, one)
-    merged_place = Gather <axis: int = 0>(cell_place, cell)
+    home = ReduceMax <keepdims: int = 0>(targets, one)
+    merged_place = Gather <axis: int = 0>(home, cell)
     slot = Where(survives, place, merged_place)
 """
     + MEMBERS

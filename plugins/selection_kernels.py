@@ -1,8 +1,9 @@
 """Which tokens survive, and whose each token is, on the GPU (definitions in ``compaction.py``): exact, so bit for bit what the reference selects.
 
 A selection is one program, since every decision needs all tokens: a radix search over the ordered bits of the keys finds the threshold, a
-running count settles ties in favour of lower indices and numbers the survivors. Everything is integer arithmetic. With N up to a few
-thousand tokens this is a matter of microseconds to a fraction of a millisecond; there is no workspace, ``slot`` holds what later passes need.
+running count settles ties in favour of lower indices and numbers the survivors. Everything is integer arithmetic, so largest ranks of cells and
+counts of members can be found by atomics, whatever their order. Every pass is over the tokens, or over the cells, once; there is no workspace:
+``slot`` and ``home`` hold what later passes need.
 
 ``group_tokens``: one program a survivor; few look through ``slot``, since most survivors are alone.
 """
@@ -85,43 +86,46 @@ def keep_top_kernel(key, survivors, tokens, count, index, TILE: tl.constexpr):
 
 
 @triton.jit
+def _of_cell(home, cell, token, tokens):
+    """What ``home`` holds for the tokens' cells; past the first-level cache, which knows nothing of atomics. → int64 [TILE]"""
+    inside = token < tokens
+    return tl.load(home + tl.load(cell + token, mask=inside, other=0), mask=inside, other=-1, cache_modifier=".cg")
+
+
+@triton.jit
 def keep_top_per_cell_kernel(
-    importance, cell, cells, survivors, tokens, cell_total, count, index, slot, members,
-    TILE: tl.constexpr, CELL_TILE: tl.constexpr, NARROW_TILE: tl.constexpr,
+    importance, cell, cells, survivors, tokens, cell_total, count, index, slot, members, home, TILE: tl.constexpr
 ):  # fmt: skip
-    """Kept tokens, then one representative a cell, then the rest; ``slot`` holds the class, then place and class, then the result."""
-    # Kept: the K0 = max(0, count − cells) most important.
+    """Kept tokens, then one representative a cell, then the rest.
+
+    Until the end ``slot`` holds a token's class, then its place and class, and ``home`` the best rank of a cell's tokens that are not kept.
+    """
+    # Kept: the K0 = max(0, count − cells) most important. Of the others the most important of each cell is its representative.
+    for first in range(0, cell_total, TILE):
+        number = first + tl.arange(0, TILE)
+        tl.store(home + number, tl.full((TILE,), NO_RANK, tl.int64), mask=number < cell_total)
     kept_total = tl.maximum(count - cell_total, 0)
     threshold, ties = _threshold(importance, slot, tokens, REST, kept_total, False, TILE)
+    tl.debug_barrier()
     ties_seen = 0
     for start in range(0, tokens, TILE):
         token = start + tl.arange(0, TILE)
         inside = token < tokens
         bits = _ordered_bits(importance, token, tokens)
         equal = (inside & (bits == threshold)).to(tl.int32)
-        kept = (bits > threshold) | ((equal > 0) & (ties_seen + tl.cumsum(equal, 0) <= ties))
-        tl.store(slot + token, tl.where(kept & (kept_total > 0), KEPT, REST).to(tl.int64), mask=inside)
+        kept = ((bits > threshold) | ((equal > 0) & (ties_seen + tl.cumsum(equal, 0) <= ties))) & (kept_total > 0)
+        tl.store(slot + token, tl.where(kept, KEPT, REST).to(tl.int64), mask=inside)
+        rank = bits * RANK_SPAN + (token ^ INDEX_MASK).to(tl.int64)
+        tl.atomic_max(home + tl.load(cell + token, mask=inside, other=0), rank, mask=inside & (kept == 0), sem="relaxed")
         ties_seen += tl.sum(equal, 0)
     tl.debug_barrier()
-
-    # Representatives: of the rest, the most important of each cell.
     representatives = 0
-    for first in range(0, cell_total, CELL_TILE):
-        number = first + tl.arange(0, CELL_TILE)
-        best_so_far = tl.full((CELL_TILE, NARROW_TILE), NO_RANK, tl.int64)
-        for start in range(0, tokens, NARROW_TILE):
-            token = start + tl.arange(0, NARROW_TILE)
-            free = _in_class(slot, token, tokens, REST, True)
-            home = tl.load(cell + token, mask=token < tokens, other=-1)
-            rank = _ordered_bits(importance, token, tokens) * RANK_SPAN + (token ^ INDEX_MASK).to(tl.int64)
-            mine = free[None, :] & (home[None, :] == number[:, None])
-            best_so_far = tl.maximum(best_so_far, tl.where(mine, rank[None, :], NO_RANK))
-        best = tl.max(best_so_far, 1)
-        found = (best > NO_RANK) & (number < cell_total)
-        winner = (best & INDEX_MASK) ^ INDEX_MASK
-        tl.debug_barrier()  # nobody may still read the classes of this tile
-        tl.store(slot + winner, tl.full((CELL_TILE,), REPRESENTATIVE, tl.int64), mask=found)
-        representatives += tl.sum(found.to(tl.int32), 0)
+    for start in range(0, tokens, TILE):
+        token = start + tl.arange(0, TILE)
+        best = _of_cell(home, cell, token, tokens)
+        is_best = (token < tokens) & ((best & INDEX_MASK) ^ INDEX_MASK == token)  # no token has the number that NO_RANK holds
+        tl.store(slot + token, tl.full((TILE,), REPRESENTATIVE, tl.int64), mask=is_best)
+        representatives += tl.sum(is_best.to(tl.int32), 0)
     tl.debug_barrier()
 
     # The last class that survives does so by importance only in part.
@@ -129,6 +133,10 @@ def keep_top_per_cell_kernel(
     contested = tl.where(cells_win, REPRESENTATIVE, REST)
     left = tl.where(cells_win, count - kept_total, count - kept_total - representatives)
     threshold, ties = _threshold(importance, slot, tokens, contested, left, True, TILE)
+    for first in range(0, cell_total, TILE):
+        number = first + tl.arange(0, TILE)
+        tl.store(home + number, tl.full((TILE,), -1, tl.int64), mask=number < cell_total)
+    tl.debug_barrier()
     ties_seen = 0
     placed = 0
     for start in range(0, tokens, TILE):
@@ -143,37 +151,22 @@ def keep_top_per_cell_kernel(
         place = placed + tl.cumsum(taken.to(tl.int32), 0) - 1
         tl.store(index + place, token.to(tl.int64), mask=taken)
         tl.store(members + place, tl.full((TILE,), 1, tl.int64), mask=taken)
-        state = tl.where(taken, 2 * (place + 1), 0) + (rank == REPRESENTATIVE).to(tl.int32)
+        is_home = taken & (rank == REPRESENTATIVE)
+        tl.store(home + tl.load(cell + token, mask=is_home, other=0), place.to(tl.int64), mask=is_home)
         tl.debug_barrier()
-        tl.store(slot + token, state.to(tl.int64), mask=inside)
+        tl.store(slot + token, tl.where(taken, place, -1).to(tl.int64), mask=inside)
         ties_seen += tl.sum(equal, 0)
         placed += tl.sum(taken.to(tl.int32), 0)
     tl.debug_barrier()
 
-    # Everyone's slot: its own place, or that of its cell's representative, −1 where that did not survive; and the members of each of these.
-    for first in range(0, cell_total, CELL_TILE):
-        number = first + tl.arange(0, CELL_TILE)
-        targets = tl.zeros((CELL_TILE, NARROW_TILE), tl.int32)
-        losses = tl.zeros((CELL_TILE, NARROW_TILE), tl.int32)
-        for start in range(0, tokens, NARROW_TILE):
-            token = start + tl.arange(0, NARROW_TILE)
-            home = tl.load(cell + token, mask=token < tokens, other=-1)
-            state = tl.load(slot + token, mask=token < tokens, other=0).to(tl.int32)
-            mine = home[None, :] == number[:, None]
-            targets = tl.maximum(targets, tl.where(mine & (state & 1 == 1)[None, :], (state >> 1)[None, :], 0))
-            losses += (mine & (state <= 1)[None, :]).to(tl.int32)
-        target = tl.max(targets, 1)
-        tl.store(members + target - 1, (tl.sum(losses, 1) + 1).to(tl.int64), mask=target > 0)
+    # Who does not survive goes to its cell's representative, or nowhere where that did not survive.
+    for start in range(0, tokens, TILE):
+        token = start + tl.arange(0, TILE)
+        lost = tl.load(slot + token, mask=token < tokens, other=0) < 0
+        target = _of_cell(home, cell, token, tokens)
         tl.debug_barrier()
-        for start in range(0, tokens, NARROW_TILE):
-            token = start + tl.arange(0, NARROW_TILE)
-            home = tl.load(cell + token, mask=token < tokens, other=-1)
-            state = tl.load(slot + token, mask=token < tokens, other=0)
-            here = (token < tokens) & (home >= first) & (home < first + CELL_TILE)
-            homes_place = tl.gather(target, tl.where(here, home - first, 0).to(tl.int32), 0)
-            tl.debug_barrier()
-            tl.store(slot + token, tl.where(state > 1, state >> 1, homes_place) - 1, mask=here)
-        tl.debug_barrier()
+        tl.store(slot + token, target, mask=lost)
+        tl.atomic_add(members + target, tl.full((TILE,), 1, tl.int64), mask=lost & (target >= 0), sem="relaxed")
 
 
 @triton.jit
@@ -207,7 +200,7 @@ def _keep_top_constants(values: Mapping[str, Any], precision: str) -> dict[str, 
 
 
 def _per_cell_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    return {"TILE": 2048, "CELL_TILE": 32, "NARROW_TILE": 256}
+    return {"TILE": 2048}
 
 
 def _group_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -234,7 +227,12 @@ KEEP_TOP_PER_CELL = KernelSpec(
         ArgumentSpec("survivors", "int32", ("M",)),
     ),
     sizes={"tokens": "N", "cell_total": "C", "count": "M"},
-    outputs=(ArgumentSpec("index", "int64", ("M",)), ArgumentSpec("slot", "int64", ("N",)), ArgumentSpec("members", "int64", ("M",))),
+    outputs=(
+        ArgumentSpec("index", "int64", ("M",)),
+        ArgumentSpec("slot", "int64", ("N",)),
+        ArgumentSpec("members", "int64", ("M",)),
+        ArgumentSpec("home", "int64", ("C",)),
+    ),
     grid=("1", "1", "1"),
     constants=_per_cell_constants,
     num_warps=16,

@@ -55,7 +55,7 @@ KEEP_TOP = function_body(
 )
 
 KEEP_TOP_PER_CELL = function_body(
-    "KeepTopPerCell (importance, cell, cells, survivors) => (index, slot, members) {\n    count = Shape(survivors)"
+    "KeepTopPerCell (importance, cell, cells, survivors) => (index, slot, members, home) {\n    count = Shape(survivors)"
     + RANK.format(key="importance")
     + """
     cell_total = Shape(cells)
@@ -96,8 +96,8 @@ KEEP_TOP_PER_CELL = function_body(
     target_place = Where(is_target, place, minus_one)
     target_row = Unsqueeze(target_place, zero)
     targets = Where(inside, target_row, minus_one)
-    cell_place = ReduceMax <keepdims: int = 0>(targets, one)
-    merged_place = Gather <axis: int = 0>(cell_place, cell)
+    home = ReduceMax <keepdims: int = 0>(targets, one)
+    merged_place = Gather <axis: int = 0>(home, cell)
     slot = Where(survives, place, merged_place)
 """
     + MEMBERS

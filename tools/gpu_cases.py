@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vflow.plugins.compaction import WEIGHT_FLOOR, group_tokens, keep_top, keep_top_per_cell
+from vflow.plugins.compaction import WEIGHT_FLOOR, group_tokens, keep_top
 from vflow.plugins.compaction_kernels import GATHER_TOKENS, MERGE_TOKENS
 from vflow.plugins.contract import KernelSpec
 from vflow.plugins.entropy_kernels import PATCH_ENTROPY
@@ -150,8 +150,8 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
     survivors = torch.zeros(sizes.survivors, dtype=torch.int32, device=device)
     cells = torch.arange(sizes.cells, device=device)
     on_cpu = importance.cpu()
-    selected = keep_top_per_cell(on_cpu, cell.cpu(), cells.cpu(), sizes.survivors)
-    index, slot, members, order = (x.to(device) for x in (*selected, group_tokens(*selected)))
+    *selected, home = torch.ops.vflow.keep_top_per_cell(on_cpu, cell.cpu(), cells.cpu(), survivors.cpu())
+    index, slot, members, home, order = (x.to(device) for x in (*selected, home, group_tokens(*selected)))
     features = normal(sizes.tokens, sizes.hidden)
     hidden, cos, sin = normal(1, sizes.tokens, sizes.hidden), normal(1, sizes.tokens, 64), normal(1, sizes.tokens, 64)
     item = features.element_size()
@@ -193,7 +193,10 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
     kept = 2 * len(half) * (sizes.hidden + 128) * item
     return [
         Case(KEEP_TOP, [importance, survivors], {}, lambda: [keep_top(on_cpu, sizes.survivors)], eager_top, (EXACT,), sizes=shown),
-        Case(KEEP_TOP_PER_CELL, [importance, cell, cells, survivors], {}, lambda: [index, slot, members], eager_per_cell, (EXACT,) * 3, sizes=shown),
+        Case(
+            KEEP_TOP_PER_CELL, [importance, cell, cells, survivors], {}, lambda: [index, slot, members, home], eager_per_cell,
+            (EXACT,) * 4, sizes=shown,
+        ),
         Case(GROUP_TOKENS, [index, slot, members], {}, lambda: [order], eager_group, (EXACT,), sizes=shown),
         Case(
             MERGE_TOKENS, [features, importance, index, slot, members, order], {"floor": WEIGHT_FLOOR}, expected_merge, eager_merge,

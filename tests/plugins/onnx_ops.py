@@ -18,7 +18,7 @@ OUTPUTS: dict[str, list[tuple[str | None, int]]] = {  # type (None: that of the 
     "RowLogSumExp": [("float32", 2)],
     "MaskedColumnMean": [("float32", 2)],
     "KeepTop": [("int64", 1)],
-    "KeepTopPerCell": [("int64", 1)] * 3,
+    "KeepTopPerCell": [("int64", 1)] * 4,
     "GroupTokens": [("int64", 1)],
     "MergeTokens": [(None, 2), ("float32", 1)],
     "GatherTokens": [(None, 3), (None, 3), (None, 3), ("float32", 1)],

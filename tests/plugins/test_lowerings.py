@@ -19,7 +19,7 @@ from rtx import Parsed
 from test_kernels_compaction import length, selections
 from vflow.exporter.schedule import Schedule, Stage
 from vflow.plugins import selection_lowering
-from vflow.plugins.compaction import group_tokens, keep_top, keep_top_per_cell
+from vflow.plugins.compaction import group_tokens, keep_top
 from vflow.plugins.node import DOMAIN, OPSET, VERSION
 
 T = "T"
@@ -37,7 +37,7 @@ OPS: dict[str, Signature] = {  # inputs and outputs (type, shape), attributes
     "KeepTop": ([("float32", ["S"]), ("int32", ["M"])], [("int64", ["M"])], {}),
     "KeepTopPerCell": (
         [("float32", ["N"]), ("int64", ["N"]), ("int64", ["C"]), ("int32", ["M"])],
-        [("int64", ["M"]), ("int64", ["N"]), ("int64", ["M"])], {},
+        [("int64", ["M"]), ("int64", ["N"]), ("int64", ["M"]), ("int64", ["C"])], {},
     ),
     "GroupTokens": ([("int64", ["M"]), ("int64", ["N"]), ("int64", ["M"])], [("int64", ["N"])], {}),
     "MergeTokens": (
@@ -154,8 +154,8 @@ def test_selection_by_comparison_keeps_the_same_survivors(case: tuple[torch.Tens
     importance, cell, cells, count = case
     other = {function.name: function for function in selection_lowering.FUNCTIONS}
     actual = onnx_ops.run_body(other["KeepTopPerCell"], importance, cell, cells, length(count))
-    selected = keep_top_per_cell(importance, cell, cells, count)
-    for by_comparison, expected in zip(actual, selected, strict=True):
+    *selected, home = torch.ops.vflow.keep_top_per_cell(importance, cell, cells, length(count))
+    for by_comparison, expected in zip(actual, (*selected, home), strict=True):
         np.testing.assert_array_equal(by_comparison, expected)
     np.testing.assert_array_equal(onnx_ops.run_body(other["GroupTokens"], *selected)[0], group_tokens(*selected))
     np.testing.assert_array_equal(onnx_ops.run_body(other["KeepTop"], importance, length(count))[0], keep_top(importance, count))
