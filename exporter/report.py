@@ -100,7 +100,8 @@ def evaluation_tables(results: Sequence[Evaluation]) -> Iterator[Table]:
     labelled, agreed = any(result.total for result in results), any(result.agreement for result in results)
     count = max((result.total.n for result in results if result.total), default=0)
     headings = ["keep", "FLOPs", "visual KV, fp16", "tokens", *(["right", "95 %"] if labelled else []), *(AGREEMENT if agreed else [])]
-    table = _table(f"{count} questions, share of right answers" if labelled else "agreement with the unpruned model", headings)
+    title = "agreement with the unpruned model" if agreed else "cost alone: questions without answers, and no --reference"
+    table = _table(f"{count} questions, share of right answers" if labelled else title, headings)
     for result in results:
         row = [f"{result.average_keep:.3f}", f"{result.prefill_flops:.3f}", bytes_text(result.kv_visual_bytes)]
         row.append(f"{result.visual_tokens:.0f} → {result.kept:.0f}")

@@ -31,6 +31,11 @@ def test_evaluate_compares_engines_and_methods(call: Callable[..., Result], engi
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
     table = call("evaluate", engine.path, "--data", data)
     assert "2 questions, share of right answers" in table.stdout
+    (tmp_path / "unlabelled.jsonl").write_text('{"image": "a.png", "prompt": "what is there ?"}')
+    unlabelled = ("evaluate", engine.path, "--data", tmp_path / "unlabelled.jsonl")
+    assert "cost alone: questions without answers, and no --reference" in call(*unlabelled).stdout
+    method = ("--model", random_checkpoint, "--method", "random", "--keep", 0.5)
+    assert "agreement with the unpruned model" in call("evaluate", *method, *unlabelled[2:]).stdout
 
 
 def test_names_with_brackets_and_colons_are_printed_as_they_are(call: Callable[..., Result], engine: Engine, tmp_path: Path) -> None:

@@ -250,3 +250,11 @@ def test_missing_files_and_folders_are_refused_by_path(tmp_path: Path) -> None:
         load_schedule(tmp_path / "none.json")
     with pytest.raises(ScheduleError, match="directory"):
         load_schedule(tmp_path)
+
+
+def test_the_file_in_the_documentation_has_the_defaults_that_it_says() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    documented = json.loads(text.split("```json\n")[1].split("```")[0])
+    schedule = Schedule.from_dict(documented)
+    assert schedule == Schedule(schedule.stages)
+    assert json.loads(json.dumps(schedule.to_dict())) == documented
