@@ -11,6 +11,7 @@ decodes token 0 into its position 0, where the next prefill writes.
 from __future__ import annotations
 
 import heapq
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -132,6 +133,7 @@ class Batcher:
         self._free = list(range(self.slots))  # a heap: the lowest first, so that the batch is short
         self._prepared: deque[tuple[Job, Prepared]] = deque()
         self._closing = self._stopped = False
+        self._process = os.getpid()
         self._requests = Counter(dict.fromkeys(OUTCOMES, 0))
         self._tokens: Counter[str] = Counter()
         self._rows: dict[int, _Row] = {}
@@ -235,6 +237,8 @@ class Batcher:
         self.close()
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process:  # its workers stayed behind
+            raise EngineError("this batcher was made before the process forked; make one in each process")
         if self._closing:
             raise ShuttingDown("shutting down: no more requests are taken")
         if len(self._jobs) >= self.slots + self.queue_limit:

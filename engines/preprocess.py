@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +104,11 @@ def load_image(source: str | Path | bytes | Image.Image | NDArray[np.uint8]) -> 
         return source
     name = "image" if isinstance(source, (Image.Image, bytes)) else str(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else _open(source)
-            if image.width * image.height > MAX_INPUT_PIXELS:
-                raise ImageError(_too_large(name))
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(_on_white(_of_8_bits(upright, image.format, name)).convert("RGB"))
+        image = source if isinstance(source, Image.Image) else _open(source)
+        if image.width * image.height > MAX_INPUT_PIXELS:
+            raise ImageError(_too_large(name))
+        upright = ImageOps.exif_transpose(image)
+        return np.asarray(_on_white(_of_8_bits(upright, image.format, name)).convert("RGB"))
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except IsADirectoryError:
@@ -165,7 +162,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
         ImageError: an aspect ratio above 200.
     """
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ImageError(f"image of {width}x{height}: aspect ratio must be below {MAX_ASPECT_RATIO}: crop it first")
+        raise ImageError(f"image of {width}x{height}: aspect ratio must be at most {MAX_ASPECT_RATIO}: crop it first")
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
     if new_height * new_width > max_pixels:

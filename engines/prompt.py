@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Prompt", "PromptEncoder", "PromptError", "expand_image_tokens", "image_messages", "render_prompt"]
 
 ROLES = ("system", "user", "assistant")
+MAX_TEXT_CHARACTERS = 1 << 20  # more than any context holds: tokenizing megabytes only to refuse them would be an attack that works
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -52,11 +53,14 @@ class PromptEncoder:
         """Text of a prompt, ready for the answer. Arguments as :meth:`encode`.
 
         Raises:
-            PromptError: malformed messages, or a text that holds tokens which structure prompts.
+            PromptError: malformed messages, more than ``MAX_TEXT_CHARACTERS``, or a text that holds tokens which structure prompts.
         """
         messages = image_messages(prompt, images) if isinstance(prompt, str) else check_messages(prompt)
-        for message in messages:
-            self._check_text(message)
+        texts = [_text(message) for message in messages]
+        if (characters := sum(map(len, texts))) > MAX_TEXT_CHARACTERS:
+            raise PromptError(f"prompt has {characters:,} characters of text; at most {MAX_TEXT_CHARACTERS:,} are taken")
+        for message, text in zip(messages, texts, strict=True):
+            self._check_text(message["role"], text)
         return render_prompt(self._template, messages)
 
     def encode(self, prompt: Prompt, images: int) -> list[int]:
@@ -69,7 +73,7 @@ class PromptEncoder:
         Raises:
             PromptError: as :meth:`render`, or another number of placeholders.
         """
-        token_ids: list[int] = self.tokenizer.encode(self.render(prompt, images), add_special_tokens=False).ids
+        token_ids = self._token_ids(self.render(prompt, images))
         placeholders = token_ids.count(self._image_token)
         if placeholders != images:
             raise PromptError(f"prompt has {placeholders} image placeholders, {images} images were given; give as many of the one as of the other")
@@ -80,17 +84,23 @@ class PromptEncoder:
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
-    def _check_text(self, message: Mapping[str, Any]) -> None:
-        # Joined, because two harmless parts can make a special token, and encoded, because a normalizer can make one of other letters.
-        content = message["content"]
-        text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    def _check_text(self, role: str, text: str) -> None:
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise PromptError(f"text of the {message['role']} message holds half a surrogate pair, which is no character; remove it from the text")
-        for token in self.tokenizer.encode(text, add_special_tokens=False).ids:
+            raise PromptError(f"text of the {role} message holds half a surrogate pair, which is no character; remove it from the text")
+        for token in self._token_ids(text):  # encoded, because a normalizer can make a special token of other letters
             if token in self._reserved:
-                raise PromptError(
-                    f"text of the {message['role']} message holds {self._reserved[token]}, which structures prompts; remove it from the text"
-                )
+                raise PromptError(f"text of the {role} message holds {self._reserved[token]}, which structures prompts; remove it from the text")
+
+    def _token_ids(self, text: str) -> list[int]:
+        # As a batch: ``encode`` of one text holds Python's lock, and every other thread waits for a long one.
+        token_ids: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return token_ids
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """A message's parts joined, because two harmless ones can make a special token."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

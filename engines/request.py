@@ -24,7 +24,7 @@ from .positions import ImageSurvivors, prompt_positions
 from .preprocess import ImagePatches, ImageProcessorConfig, load_image, preprocess_image
 from .prompt import Prompt, PromptEncoder, expand_image_tokens
 from .results import Prepared, Step
-from .sampling import SamplingParams, is_whole
+from .sampling import SamplingParams, is_number, is_whole
 
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
@@ -87,10 +87,15 @@ def read_request(
     """
     if max_new_tokens is not None and not (is_whole(max_new_tokens) and max_new_tokens >= 1):
         raise EngineError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
-    if not 0 < keep_scale <= 1:
-        raise EngineError(f"keep_scale must be in (0, 1], got {keep_scale}")
-    if isinstance(stop, str) or not all(stop):
+    if not is_number(keep_scale) or not 0 < keep_scale <= 1:
+        raise EngineError(f"keep_scale must be in (0, 1], got {keep_scale!r}")
+    stops = () if isinstance(stop, str) else tuple(stop)
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stops):
         raise EngineError("stop must be a list of strings, none of them empty")
+    if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+        raise EngineError(f"images must be a list of images, got {type(images).__name__}; put a single one into a list")
+    if sampling is not None and not isinstance(sampling, SamplingParams):
+        raise EngineError(f"sampling must be SamplingParams, got {type(sampling).__name__}")
     processor = _image_processor(engine, max_pixels)
     token_ids = encoder.encode(prompt, len(images))
     began = time.perf_counter()
@@ -116,7 +121,7 @@ def read_request(
         budgets=tuple(budgets),
         max_new_tokens=max_new_tokens or min(DEFAULT_MAX_NEW_TOKENS, room),
         sampling=sampling or SamplingParams(),
-        stop=tuple(stop),
+        stop=stops,
         read_seconds=read_seconds,
     )
 
@@ -217,8 +222,8 @@ def _image_processor(engine: Engine, max_pixels: int | None) -> ImageProcessorCo
     config = engine.image_processor
     if max_pixels is None:
         return config
-    if max_pixels < config.min_pixels:
-        raise EngineError(f"max_pixels must be at least {config.min_pixels} (the checkpoint's min_pixels), got {max_pixels}")
+    if not is_whole(max_pixels) or max_pixels < config.min_pixels:
+        raise EngineError(f"max_pixels must be at least {config.min_pixels} (the checkpoint's min_pixels) and a whole number, got {max_pixels!r}")
     return replace(config, max_pixels=max_pixels)
 
 

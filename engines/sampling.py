@@ -64,9 +64,7 @@ def next_token(logits: NDArray[np.float32], params: SamplingParams, generator: n
     weights = np.exp(scaled[order])
     probabilities = weights / weights.sum()
     before = np.cumsum(probabilities) - probabilities  # mass of the tokens ranked above
-    kept = before < params.top_p
-    kept[0] = True
-    probabilities = np.where(kept, probabilities, 0.0)
+    probabilities = np.where(before < params.top_p, probabilities, 0.0)  # the first always stays: 0 is less than top_p
     return int(generator.choice(order, p=probabilities / probabilities.sum()))
 
 

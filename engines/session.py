@@ -54,6 +54,7 @@ class Session:
         self.backend = backend or load_backend(engine, target, provider=provider, threads=threads)
         self._lengths: NDArray[np.int64] | None = None  # [segments], tokens in the caches; None before the first prefill
         self._next_position = 0
+        self._spoiled = False  # whether the caches may hold what is not finite
         self._request = 0  # so that an abandoned stream does not write into the caches of the next request
 
     def generate(
@@ -151,7 +152,10 @@ class Session:
         answer_room(self.engine, **sizes)
         self._request += 1
         self._lengths = None
-        step = run_language(self.backend, prepared, np.zeros(len(self.engine.segments), np.int64))
+        if self._spoiled:  # an overflow must not reach the next request
+            self.backend.clear_caches()
+            self._spoiled = False
+        step = self._run(prepared, np.zeros(len(self.engine.segments), np.int64))
         self._lengths = prompt_lengths(self.engine.segments, **sizes)
         self._next_position = prepared.next_position
         return step
@@ -188,7 +192,7 @@ class Session:
             budgets=(),
             vision_seconds=0.0,
         )
-        step = run_language(self.backend, chunk, self._lengths)
+        step = self._run(chunk, self._lengths)
         self._lengths = self._lengths + input_ids.size
         self._next_position = chunk.next_position
         return step
@@ -205,5 +209,9 @@ class Session:
             return answer.push(logits)
         except EngineError:
             self._lengths = None
-            self.backend.clear_caches()  # what overflowed must not reach the next request
             raise
+
+    def _run(self, prepared: Prepared, past_lengths: NDArray[np.int64]) -> Step:
+        step = run_language(self.backend, prepared, past_lengths)
+        self._spoiled = self._spoiled or not np.isfinite(step.logits.max())
+        return step

@@ -60,7 +60,7 @@ class Job:
         if self._on_event is not None:
             try:
                 self._on_event(event)
-            except Exception as error:  # somebody else's code; the worker has other requests
+            except BaseException as error:  # somebody else's code, which may even call sys.exit; the worker has other requests
                 self._on_event = None
                 self.stop = self.stop or EngineError(f"on_event raised {type(error).__name__}: {error}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from shlex import quote
 
@@ -33,6 +34,7 @@ def main() -> None:
     vflow-export run out/tiny --image picture.png --prompt "how many objects are there ?"
     """
     stop_on_signals()
+    warnings.filterwarnings("ignore", message="Image size", module="PIL")  # of images that are refused by our own line
 
 
 main.add_command(bench)

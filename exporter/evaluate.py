@@ -18,9 +18,10 @@ import numpy as np
 from ..engines.errors import EngineError
 from ..engines.manifest import Engine
 from ..engines.results import Prepared, stage_counts
+from ..engines.sampling import SamplingParams, next_token
 from ..engines.session import Session
 from .budget import kv_bytes, prefill_flops
-from .data import LabelledSample
+from .data import DataError, LabelledSample
 from .reference import Question, ReferenceModel, Reply, cosine, overlap
 from .schedule import Schedule, keep_count
 from .shape import ModelShape
@@ -168,9 +169,11 @@ def evaluate_session(
     """Ask an engine every question, greedily; ``reference`` is an unpruned engine of the same model, to state agreement with.
 
     Raises:
-        EngineError: as :func:`check_reference`.
+        EngineError: as :func:`check_reference`, or logits that are not finite.
+        DataError: no questions.
     """
     tally, engine = _Tally(), session.engine
+    _check_questions(data)
     if reference is not None:
         check_reference(engine, reference.engine)
     for number, sample in enumerate(data):
@@ -194,7 +197,12 @@ def evaluate_session(
 def evaluate_candidates(
     reference: ReferenceModel, candidates: Sequence[Candidate], data: Sequence[LabelledSample], *, progress: Progress = lambda phase, share: None
 ) -> list[Evaluation]:
-    """Ask every question of every candidate, sample by sample, so that the unpruned tower is computed once for all of them."""
+    """Ask every question of every candidate, sample by sample, so that the unpruned tower is computed once for all of them.
+
+    Raises:
+        DataError: no questions.
+    """
+    _check_questions(data)
     first_blocks = {candidate.schedule.tower_stages[0].layer for candidate in candidates if candidate.schedule.tower_stages}
     tower = SharedTower(reference, sorted(first_blocks))
     graphs = [reference.graphs(candidate.schedule, candidate.method.vision, candidate.method.language) for candidate in candidates]
@@ -227,6 +235,11 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def _check_questions(data: Sequence[LabelledSample]) -> None:
+    if not data:
+        raise DataError("there are no questions to ask; give at least one")
+
+
 def _count(tally: _Tally, candidate: Candidate, shape: ModelShape, whole: Question, seen: Question, full: int) -> None:
     """Add what one question cost a candidate; ``full``: FLOPs of the unpruned prefill."""
     schedule, tokens, layers = candidate.schedule, seen.visual_tokens, shape.decoder.layers
@@ -244,11 +257,12 @@ def _grids(question: Question) -> list[tuple[int, int]]:
 
 def _ask(session: Session, prepared: Prepared, limit: int) -> Reply:
     """Greedy answer of an engine, as long as there is room."""
+    greedy, generator = SamplingParams(), np.random.default_rng(0)
     step = session.prefill(prepared)
     hidden = step.last_hidden.astype(np.float32)
-    token_ids = [int(step.logits.argmax())]
+    token_ids = [next_token(step.logits, greedy, generator)]
     while token_ids[-1] not in session.engine.tokens.stop and len(token_ids) < limit and session.room:
-        token_ids.append(int(session.decode(token_ids[-1]).logits.argmax()))
+        token_ids.append(next_token(session.decode(token_ids[-1]).logits, greedy, generator))
     return Reply(hidden, step.logits, tuple(token_ids))
 
 

@@ -182,7 +182,7 @@ class ReferenceModel:
             factor = self.processor.factor
             allowed = int(image_share * (patches.grid_thw[1] * patches.grid_thw[2] // tower.group) + 1e-9)
             limit = max(1, allowed) * factor * factor
-            patches = preprocess_image(image, replace(self.processor, min_pixels=min(self.processor.min_pixels, limit), max_pixels=limit))
+            patches = preprocess_image(image, replace(self.processor, min_pixels=1, max_pixels=limit))
         grid = (patches.grid_thw[1] // tower.merge_size, patches.grid_thw[2] // tower.merge_size, tower.group)
         pixel_values = torch.from_numpy(patches.pixel_values).to(self._dtype).reshape(*grid, tower.patch_dim)
         return Picture(pixel_values, torch.from_numpy(patches.entropy).reshape(grid))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..engines.manifest import Engine
-from ..engines.results import GenerationResult, token_bytes
+from ..engines.results import GenerationResult, held_bytes, token_bytes
 from .budget import cost
 from .schedule import KEEP_UNIT, Schedule, unpruned_schedule
 from .shape import ModelShape
@@ -46,14 +46,15 @@ def build_table(engine: Engine) -> Table:
     for first, end in _runs(pruned.tower_tokens):
         before, after = sum(full.tower_block_flops[first:end]), sum(pruned.tower_block_flops[first:end])
         table.add_row(_span("tower", first, end), str(pruned.tower_tokens[first]), _giga(before), _giga(after), "", "")
-    per_token = token_bytes(engine)
     for first, end in _runs(pruned.decoder_tokens):
         before, after = sum(full.decoder_layer_flops[first:end]), sum(pruned.decoder_layer_flops[first:end])
-        kv_before, kv_after = (sum(c.decoder_tokens[first:end]) * per_token for c in (full, pruned))
+        kv_before = sum(full.decoder_tokens[first:end]) * token_bytes(engine)
+        kv_after = held_bytes(engine, [pruned.decoder_tokens[s.first_layer] if first <= s.first_layer < end else 0 for s in engine.segments])
         tokens = str(pruned.decoder_tokens[first])
         table.add_row(_span("decoder", first, end), tokens, _giga(before), _giga(after), bytes_text(kv_before), bytes_text(kv_after))
     table.add_section()
-    kv_before, kv_after = (sum(c.decoder_tokens) * per_token for c in (full, pruned))
+    kv_before = sum(full.decoder_tokens) * token_bytes(engine)
+    kv_after = held_bytes(engine, [pruned.decoder_tokens[segment.first_layer] for segment in engine.segments])
     saved = f"{full.flops / pruned.flops:.2f}× less" if pruned.flops < full.flops else ""
     table.add_row("prefill", saved, _giga(full.flops), _giga(pruned.flops), bytes_text(kv_before), bytes_text(kv_after))
     return table

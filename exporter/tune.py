@@ -169,11 +169,12 @@ def tune_schedule(
         return objective.score(space.schedule(_suggest(trial, space)))
 
     _optimize(study, evaluate, trials, lambda done: progress(done, study.best_value))
-    provenance = _provenance(objective, space, seed, finished_trials(study)) | {"value": study.best_value}
-    found = replace(space.schedule(study.best_params), model=fingerprint, provenance=provenance)
+    best, count = study.best_trial, finished_trials(study)  # once: other processes may add trials meanwhile
+    provenance = _provenance(objective, space, seed, count) | {"value": best.value}
+    found = replace(space.schedule(best.params), model=fingerprint, provenance=provenance)
     best_first = sorted((trial for trial in study.trials if trial.values), key=lambda trial: -trial.value)
     leaders = tuple({trial.value: trial.params for trial in best_first}.values())[:LEADERS]
-    return TuneResult(found, study.best_params, study.best_value, finished_trials(study), leaders)
+    return TuneResult(found, best.params, best.value, count, leaders)
 
 
 def tune_front(

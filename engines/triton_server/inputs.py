@@ -19,7 +19,7 @@ from ..text_stream import MAX_STOP_CHARACTERS, MAX_STOPS
 
 __all__ = ["MAX_IMAGE_BYTES", "MAX_TEXT_BYTES", "ServerRequest", "read_inputs"]
 
-MAX_TEXT_BYTES = 1 << 20  # more than any context holds; tokenizing megabytes only to refuse them would be an attack that works
+MAX_TEXT_BYTES = 1 << 20  # of one string, before anything is made of it
 MAX_IMAGE_BYTES = 32 << 20  # a camera's largest JPEG; what it may unpack to is bounded when it is read
 
 

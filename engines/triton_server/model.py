@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from threading import Condition, Event, Lock, Semaphore, Thread
 from typing import Any
@@ -86,7 +87,11 @@ class TritonPythonModel:
             if full:
                 exchange.fail(QueueFull(f"{self._batcher.queue_limit} requests are waiting already; try again later"))
             else:
-                Thread(target=self._answer, args=(request, exchange), name="vflow request", daemon=True).start()
+                try:
+                    Thread(target=self._answer, args=(request, exchange), name="vflow request", daemon=True).start()
+                except RuntimeError as error:  # no more threads: this request's misfortune, and not the batch's
+                    exchange.fail(error)
+                    self._ended(exchange)
 
     def finalize(self) -> None:
         """Give answers under way ``drain`` seconds to end, then stop."""
@@ -126,9 +131,12 @@ class TritonPythonModel:
             exchange.fail(error)
             raise
         finally:
-            with self._changed:
-                self._live.discard(exchange)
-                self._changed.notify_all()
+            self._ended(exchange)
+
+    def _ended(self, exchange: _Exchange) -> None:
+        with self._changed:
+            self._live.discard(exchange)
+            self._changed.notify_all()
 
     def _watch(self) -> None:
         """Cancel what no client waits for any more, and keep the gauges.
@@ -145,7 +153,10 @@ class TritonPythonModel:
             with self._changed:
                 live = list(self._live)
             for exchange in live:
-                exchange.look_after()
+                try:
+                    exchange.look_after()
+                except Exception:  # one client's; the others are watched on, and this process must not seem stuck
+                    traceback.print_exc()
         faulthandler.cancel_dump_traceback_later()
 
     def _show(self) -> None:

@@ -89,7 +89,7 @@ def write_images(folder: Path) -> None:
         ("cut.png", "cut.png: damaged image"),
         ("folder.png", "folder.png: is a folder, not an image"),
         ("bomb.pbm", "larger than 89,478,485 pixels (a decompression bomb?)"),
-        ("strip.png", "aspect ratio must be below 200"),
+        ("strip.png", "aspect ratio must be at most 200"),
     ],
 )
 def test_run_refuses_images_that_are_none(call: Callable[..., Result], engine: Engine, tmp_path: Path, name: str, message: str) -> None:

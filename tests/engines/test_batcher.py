@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import threading
 import time
@@ -257,7 +258,7 @@ def test_a_full_queue_is_said_and_takes_requests_again_later(standin: Engine, mo
         gate = Gate(batcher, monkeypatch)
         tickets = [batcher.submit("hello", max_new_tokens=2) for _ in range(3)]
         with pytest.raises(QueueFull, match="2 requests are waiting already; try again later"):
-            batcher.submit("hello")
+            batcher.submit("hello", ["no such picture"])  # which is not looked for
         last = tickets.pop()
         last.cancel()  # what waits no more makes place, though nothing moves
         with pytest.raises(RequestCancelled):
@@ -383,14 +384,26 @@ def test_logits_that_overflow_end_one_request_and_poison_no_slot(batcher: Batche
     assert {tickets[number].result(PATIENCE).token_ids for number in (2, 4, 5, 6)} == {expected}
 
 
-def test_a_listener_that_raises_ends_its_own_request_only(batcher: Batcher) -> None:
+@pytest.mark.parametrize("error", [LookupError("gone"), SystemExit("gone")])
+def test_a_listener_that_raises_ends_its_own_request_only(batcher: Batcher, error: BaseException) -> None:
+    heard = []
+
     def broken(event: object) -> None:
-        raise LookupError("gone")
+        heard.append(event)
+        raise error
 
     tickets = [batcher.submit("hello", max_new_tokens=30, on_event=on_event) for on_event in (broken, None)]
-    with pytest.raises(EngineError, match="on_event raised LookupError: gone"):
+    with pytest.raises(EngineError, match=f"on_event raised {type(error).__name__}: gone"):
         tickets[0].result(PATIENCE)
     assert isinstance(tickets[1].result(PATIENCE), GenerationResult)
+    assert len(heard) == 1
+
+
+def test_a_batcher_of_another_process_says_so(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fork its workers are not there, and nothing would ever be answered."""
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(EngineError, match="made before the process forked; make one in each process"):
+        batcher.submit("hello")
 
 
 def test_closing_lets_requests_end_and_takes_no_more(standin: Engine) -> None:

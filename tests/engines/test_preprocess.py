@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -182,3 +185,31 @@ def test_arrays_of_another_shape_and_strips_are_refused() -> None:
 def test_preprocessor_config_in_both_spellings() -> None:
     assert ImageProcessorConfig.from_dict({"min_pixels": 1000, "max_pixels": 2000}).max_pixels == 2000
     assert ImageProcessorConfig.from_dict({"size": {"shortest_edge": 1000, "longest_edge": 3000}}).max_pixels == 3000
+
+
+def test_reading_in_threads_leaves_the_warnings_of_the_process_alone() -> None:
+    """``warnings.catch_warnings`` is not for threads: it had left a filter behind that made Pillow raise in the host's own code."""
+    before = list(warnings.filters)
+    file = io.BytesIO()
+    picture(300, 300).save(file, "PNG")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load_image, [file.getvalue()] * 60))
+    assert warnings.filters == before
+
+
+def test_palettes_with_transparency_show_white() -> None:
+    image = Image.new("PA", (2, 1))
+    image.putpalette([10, 20, 30, 0, 0, 0])
+    image.putdata([(0, 255), (0, 0)])
+    assert load_image(image).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_16_bits_are_rounded_to_the_nearest_of_8() -> None:
+    grey = Image.fromarray(np.array([[0, 128, 129, 257, 65535]], np.uint16))
+    assert load_image(grey)[0, :, 0].tolist() == [0, 0, 1, 1, 255]
+
+
+def test_a_strip_of_200_to_1_is_the_longest() -> None:
+    smart_resize(4000, 20, factor=28, min_pixels=784, max_pixels=784000)
+    with pytest.raises(ImageError, match="aspect ratio must be at most 200"):
+        smart_resize(4001, 20, factor=28, min_pixels=784, max_pixels=784000)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vflow.engines import Engine, EngineError, PromptError
-from vflow.engines.prompt import PromptEncoder, expand_image_tokens, image_messages, load_tokenizer, render_prompt
+from vflow.engines.prompt import MAX_TEXT_CHARACTERS, PromptEncoder, expand_image_tokens, image_messages, load_tokenizer, render_prompt
 
 QWEN2_VL_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
@@ -163,3 +163,11 @@ def test_half_a_surrogate_pair_is_refused(encoder: PromptEncoder) -> None:
     with pytest.raises(PromptError, match="user message holds half a surrogate pair"):
         encoder.encode("a \ud800 b", 0)
     assert encoder.encode("a \U0001f600 b\n", 0)
+
+
+def test_more_text_than_any_context_holds_is_not_tokenized(encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "_token_ids", lambda text: pytest.fail("tokenized"))
+    half = {"role": "user", "content": "a" * (MAX_TEXT_CHARACTERS // 2 + 1)}
+    for prompt in ("a" * (MAX_TEXT_CHARACTERS + 1), [half, half]):
+        with pytest.raises(PromptError, match="characters of text; at most 1,048,576 are taken"):
+            encoder.encode(prompt, 0)

@@ -89,3 +89,7 @@ def test_parameters_out_of_range_are_refused_by_name(field: str, values: list[An
     for value in values:
         with pytest.raises(EngineError, match=f"^{field} must be"):
             SamplingParams(**{field: value})
+
+
+def test_among_equals_the_lower_index_ranks_first_in_a_large_vocabulary() -> None:
+    assert draws(SamplingParams(temperature=1.0, top_k=1), np.zeros(100, np.float32), count=5) == {0: 5}

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from vflow.engines import Engine, EngineError, ImageError, SamplingParams, Session, open_engine
+from vflow.engines import answer as answer_module
+from vflow.engines import request as request_module
+from vflow.engines import session as session_module
 from vflow.engines.backends.onnxruntime import OnnxRuntimeBackend
 from vflow.engines.request import DEFAULT_MAX_NEW_TOKENS
 from vflow.exporter.schedule import Schedule, Stage
@@ -245,6 +249,17 @@ def test_steps_out_of_order_are_refused(standin: Engine) -> None:
         session.extend([])
 
 
+def test_after_a_prefill_that_failed_there_is_nothing_to_continue(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = session.prepare("hello")
+    session.prefill(prepared)
+    monkeypatch.setattr(session.backend, "language", lambda **inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.prefill(prepared)
+    monkeypatch.undo()
+    with pytest.raises(EngineError, match="call prefill first"):
+        session.decode(1)
+
+
 def test_an_image_token_in_an_answer_is_text(session: Session) -> None:
     session.prefill(session.prepare("hello", [SMALL]))
     assert np.isfinite(session.decode(session.engine.tokens.image).logits).all()
@@ -265,6 +280,7 @@ def test_logits_that_overflow_do_not_poison_the_next_request(session: Session, m
     monkeypatch.setattr(session.backend, "vision", lambda *inputs: vision(*inputs)._replace(visual_embeds=np.full_like(vision(*inputs)[0], np.nan)))
     with pytest.raises(EngineError, match="not finite"):
         session.generate("hello", [SMALL])
+    assert np.isnan(session.prefill(session.prepare("hello", [SMALL])).logits).any()  # step by step nobody chooses a token
     monkeypatch.undo()
     assert session.generate("hello", max_new_tokens=4).token_ids == expected
 
@@ -301,3 +317,56 @@ def test_neither_torch_nor_transformers_is_needed(standin: Engine, tmp_path: Pat
     )
     done = subprocess.run([sys.executable, "-c", script, str(standin.path), str(tmp_path / "small.png")], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": "picture.png"}, "images must be a list of images, got str; put a single one into a list"),
+        ({"images": b"PNG"}, "images must be a list of images, got bytes"),
+        ({"images": SMALL}, "images must be a list of images, got ndarray"),
+        ({"images": None}, "images must be a list of images, got NoneType"),
+        ({"images": iter([SMALL])}, "images must be a list of images, got"),
+        ({"sampling": {"temperature": 1}}, "sampling must be SamplingParams, got dict"),
+        ({"keep_scale": "1"}, "keep_scale must be in .0, 1., got '1'"),
+        ({"keep_scale": float("nan")}, "keep_scale must be in"),
+        ({"max_pixels": "900"}, "max_pixels must be at least"),
+        ({"max_pixels": float("nan")}, "max_pixels must be at least"),
+        ({"max_pixels": 900.5}, "and a whole number, got 900.5"),
+        ({"stop": "abc"}, "stop must be a list of strings"),
+        ({"stop": [1]}, "stop must be a list of strings"),
+        ({"stop": [""]}, "none of them empty"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused_before_any_work(session: Session, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        session.generate("hello", **arguments)
+
+
+def test_stops_may_come_from_a_generator(session: Session) -> None:
+    text = session.generate("hello", max_new_tokens=12).text
+    stop = text[len(text) // 2]
+    stopped = session.generate("hello", max_new_tokens=12, stop=(letter for letter in stop))  # type: ignore[arg-type]
+    assert stopped.text == text[: text.index(stop)]
+
+
+def test_times_are_of_the_parts_that_they_name(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves a second where a part begins to work, and nowhere else."""
+    now = [0.0]
+
+    def slow(name: str, seconds: float, of: Any) -> None:
+        fast = getattr(of, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            now[0] += seconds
+            return fast(*arguments, **named)
+
+        monkeypatch.setattr(of, name, call)
+
+    for module in (session_module, request_module, answer_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    slow("load_image", 1.0, request_module)
+    slow("vision", 2.0, session.backend)
+    slow("language", 4.0, session.backend)
+    result = session.generate("hello", [SMALL], max_new_tokens=3)
+    assert (result.vision_s, result.prefill_s, result.ttft_s, result.tokens_per_s) == (3.0, 4.0, 7.0, 2 / 8.0)

@@ -92,3 +92,9 @@ def test_what_may_begin_a_stop_is_held_back_no_longer_than_needed() -> None:
     stream = StopStrings(["end."])
     assert [stream.push(piece, last=False) for piece in ("an e", "nd", " en", "d.x")] == ["an ", "", "end ", ""]
     assert stream.found
+
+
+def test_the_stop_that_comes_first_in_the_text_counts() -> None:
+    stops = StopStrings(["cd", "b"])
+    assert stops.push("abcd", last=False) == "a"
+    assert stops.found

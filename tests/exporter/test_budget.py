@@ -106,6 +106,10 @@ def test_kv_bytes_are_two_vectors_a_token_a_layer_a_head() -> None:
     kept = [50, 10, 10]  # of 100 tokens, layer by layer: ⌈50⌉, ⌈9.77⌉
     assert kv_bytes(schedule, SMALL, tokens=100, bytes_per_value=2) == sum(2 * 1 * 4 * 2 * k for k in kept)
     assert kv_bytes(unpruned_schedule(), QWEN2_VL_2B, tokens=1, bytes_per_value=2) == 2 * 2 * 128 * 2 * 28
+    merged = (Stage("decoder", 0, 512, 2.0), Stage("decoder", 1, 100))
+    plain, biased = Schedule(merged), Schedule(merged, proportional_attention=2.0)
+    more = kv_bytes(biased, SMALL, tokens=100, bytes_per_value=2) - kv_bytes(plain, SMALL, tokens=100, bytes_per_value=2)
+    assert more == 2 * (50 + 10)  # one value a token a segment
 
 
 def test_stages_get_what_is_wished_within_the_budget_and_the_last_takes_the_rest() -> None:
@@ -172,3 +176,10 @@ def test_keeping_everything_prunes_nothing(name: str) -> None:
 def test_presets_refuse_unknown_names_and_budgets(name: str, keep: float) -> None:
     with pytest.raises(ScheduleError, match=r"unknown preset|keep must be above 0|below 1/1024"):
         preset_schedule(name, QWEN2_VL_2B, keep)
+
+
+def test_a_keep_that_is_a_whole_number_of_1024_is_not_rounded_below_it() -> None:
+    """0.07 of 1,024 tokens and 100 layers is 7168, in floating point a little less for some such numbers."""
+    for keep in range(1, 1025):
+        assert spend_keep(28, keep / 1024, (0,), lambda number, least, most: most) == (keep,)
+        assert spend_keep(3, keep * 3 / (1024 * 3), (0,), lambda number, least, most: most) == (keep,)

@@ -7,17 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from schedules import SCHEDULES
 from support import DECODER_STAGES, picture
-from vflow.engines import Session
+from vflow.engines import EngineError, Session
 from vflow.engines.manifest import Engine
 from vflow.exporter.candidates import UNPRUNED, method_candidates
 from vflow.exporter.checkpoint import open_checkpoint
-from vflow.exporter.data import LabelledSample
+from vflow.exporter.data import DataError, LabelledSample
 from vflow.exporter.evaluate import Candidate, evaluate_candidates, evaluate_session, wilson_interval
 from vflow.exporter.plots import evaluation_plot
 from vflow.exporter.reference import ReferenceModel
@@ -60,6 +61,30 @@ def test_scores_count_what_the_engine_answers(build: Callable[..., Engine], rand
     assert 0 < result.prefill_flops < 1.5
     values = json.loads(json.dumps(result.to_dict()))
     assert set(values["total"]) == {"accuracy", "interval", "n"}
+
+
+def test_logits_that_are_not_finite_are_no_answer(
+    build: Callable[..., Engine], random_checkpoint: Path, question: LabelledSample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(build(random_checkpoint, DECODER_STAGES))
+    language = session.backend.language
+    monkeypatch.setattr(session.backend, "language", lambda **inputs: (np.full_like(language(**inputs)[0], np.nan), language(**inputs)[1]))
+    with pytest.raises(EngineError, match="not finite"):
+        evaluate_session(session, [question], name="overflow")
+
+
+def test_no_questions_are_refused(build: Callable[..., Engine], random_checkpoint: Path, reference: ReferenceModel) -> None:
+    with pytest.raises(DataError, match="no questions"):
+        evaluate_session(Session(build(random_checkpoint, DECODER_STAGES)), [], name="nothing")
+    with pytest.raises(DataError, match="no questions"):
+        evaluate_candidates(reference, [UNPRUNED], [])
+
+
+def test_the_largest_cache_of_all_questions_is_stated(build: Callable[..., Engine], random_checkpoint: Path) -> None:
+    session = Session(build(random_checkpoint, DECODER_STAGES))
+    small, large = (LabelledSample((picture(*grid),), "what is there ?", "x", "k") for grid in ((2, 2), (6, 6)))
+    alone = evaluate_session(session, [large], name="large").kv_visual_bytes
+    assert evaluate_session(session, [small, large, small], name="all").kv_visual_bytes == alone
 
 
 def test_data_without_answers_gives_agreement_alone(build: Callable[..., Engine], random_checkpoint: Path, question: LabelledSample) -> None:
@@ -114,6 +139,16 @@ def test_downsampling_is_counted_at_the_size_that_is_sent(reference: ReferenceMo
     assert small.prefill_flops < 0.3
     assert small.kv_visual_bytes * 4 == unpruned.kv_visual_bytes
     assert not refused
+
+
+def test_small_pictures_are_sent_at_their_share_as_well(reference: ReferenceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor scales what is smaller than its ``min_pixels`` up, which a share of a picture must not."""
+    monkeypatch.setattr(reference, "processor", replace(reference.processor, min_pixels=6 * reference.processor.factor**2))
+    for rows, columns in ((1, 1), (1, 2), (2, 1), (1, 3)):
+        whole = reference.read([picture(rows, columns)], "hello").visual_tokens
+        assert whole > rows * columns
+        for share in (0.2, 0.3, 0.5, 0.7):
+            assert reference.read([picture(rows, columns)], "hello", image_share=share).visual_tokens <= max(1, int(share * whole + 1e-9))
 
 
 def test_methods_are_named_or_refused(reference: ReferenceModel) -> None:

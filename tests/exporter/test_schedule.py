@@ -258,3 +258,11 @@ def test_the_file_in_the_documentation_has_the_defaults_that_it_says() -> None:
     schedule = Schedule.from_dict(documented)
     assert schedule == Schedule(schedule.stages)
     assert json.loads(json.dumps(schedule.to_dict())) == documented
+
+
+def test_there_is_room_for_all_tokens_that_can_exceed_the_threshold() -> None:
+    """Received attention averages 1: k of P tokens can exceed t where k·t < P."""
+    patches = 100_000
+    for threshold in (1.5, 3.0, 7.0, 30.0, 50.0):
+        most = math.ceil(patches / threshold) - 1
+        assert keep_count(patches, Importance(global_threshold=threshold).global_rows) >= most
