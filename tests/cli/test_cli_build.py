@@ -15,6 +15,8 @@ from cli_support import LIMITS, SMALL, refused, write_data
 from click.testing import Result
 from vflow.engines import Engine, open_engine
 from vflow.exporter import cli
+from vflow.exporter.budget import kv_bytes
+from vflow.exporter.report import bytes_text
 from vflow.exporter.schedule import Schedule, load_schedule
 
 
@@ -30,6 +32,8 @@ def test_build_writes_an_engine_and_says_what_it_saves(
     assert engine.schedule.tower_stages
     for words in ("average keep 0.2", "visual tokens", "GFLOP before", "KV before", "tower", "decoder 0", "prefill", "try next"):
         assert words in result.stdout
+    total = next(line for line in result.stdout.splitlines() if line.strip().startswith("prefill"))
+    assert total.rstrip().endswith(bytes_text(kv_bytes(engine.schedule, engine.shape, tokens=64, bytes_per_value=4)))
     assert str(output) in result.stdout
     for phase in ("open checkpoint", "trace vision", "trace language", "write weights"):
         assert phase in result.stderr

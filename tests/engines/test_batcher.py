@@ -244,6 +244,7 @@ def test_bad_requests_are_refused_before_they_take_a_place(batcher: Batcher, mon
         (lambda: batcher.submit([{"role": "user", "content": "x"}], [SMALL]), "image placeholders"),
         (lambda: batcher.submit("x", keep_scale=0), "keep_scale"),
         (lambda: batcher.submit("x", timeout=0), "timeout must be more than 0"),
+        (lambda: batcher.submit("x", timeout=float("nan")), "timeout must be more than 0"),
     ]
     for submit, message in refused:
         with pytest.raises(EngineError, match=message):

@@ -20,6 +20,7 @@ from vflow.engines import request as request_module
 from vflow.engines import session as session_module
 from vflow.engines.backends.onnxruntime import OnnxRuntimeBackend
 from vflow.engines.request import DEFAULT_MAX_NEW_TOKENS
+from vflow.engines.results import stage_counts
 from vflow.exporter.schedule import Schedule, Stage
 
 MakeStandin = Callable[..., Path]
@@ -153,6 +154,8 @@ def test_sampling_repeats_with_its_seed(session: Session) -> None:
 def test_stages_and_bytes_are_those_of_the_schedule_and_the_buffers(session: Session) -> None:
     result = session.generate("hello", [SMALL, picture(24, 24)], max_new_tokens=2)
     assert [(s.part, s.layer, s.kept) for s in result.stages] == [("decoder", 0, 11), ("decoder", 2, 6)]
+    assert result.visual_tokens_kept == 6
+    assert [stage.kept for stage in stage_counts(session.engine, (9, 9))] == [5 + 5, 5]  # rounded up image by image, later all together
     token = 2 * 2 * 8 * 4  # key and value, heads, width, bytes
     assert result.kv_bytes.allocated == sum(v.numpy().nbytes for v in runtime(session)._caches.values()) == token * (180 + 180 + 170)
     assert result.kv_bytes.visual == token * (20 + 20 + 10) and result.kv_bytes.visual_unpruned == token * 3 * 40
@@ -223,6 +226,8 @@ def test_the_caches_can_be_filled_to_the_last_place(session: Session, unpruned: 
         unpruned.decode(40)
     with pytest.raises(EngineError, match=f"max_new_tokens {most + 1} is more than the {most}"):
         unpruned.generate("hello", [WIDE], max_new_tokens=most + 1)
+    with pytest.raises(EngineError, match=f"max_new_tokens {most + 1} is more than the {most}"):  # nothing drops tokens, whatever the budget
+        unpruned.generate("hello", [WIDE], max_new_tokens=most + 1, keep_scale=0.5)
 
 
 def test_a_refused_request_leaves_the_session_usable(session: Session, tmp_path: Path) -> None:

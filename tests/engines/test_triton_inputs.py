@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from vflow.engines import EngineError, SamplingParams
+from vflow.engines.data_url import unpack_data_url
 from vflow.engines.triton_server.inputs import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, read_inputs
 from vflow.engines.triton_server.settings import Settings
 
@@ -99,3 +100,7 @@ def test_pixels_outlive_the_memory_that_is_shared_with_the_server() -> None:
 def test_tensors_that_cannot_be_meant_are_refused(tensors: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         read_inputs(tensors)
+
+
+def test_percent_escapes_of_a_data_url_are_taken() -> None:
+    assert unpack_data_url(b"data:image/png;base64,%2B%2F8%3D", "image") == base64.b64decode("+/8=")
