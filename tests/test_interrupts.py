@@ -27,11 +27,14 @@ LIMITS = ["--max-visual-tokens", "64", "--max-text-tokens", "64"]
 
 
 @pytest.fixture(autouse=True)
-def interrupts_arrive() -> Iterator[None]:
-    """Ctrl-C as at a terminal: a suite started in the background has it ignored, and so would the builds it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_arrive() -> Iterator[None]:
+    """As at a terminal: a suite started in the background has Ctrl-C ignored, one under nohup SIGHUP, and so would the builds it starts."""
+    before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+    for number in HANDLED_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def small_graph(*_: Any, **__: Any) -> ir.Model:
