@@ -226,7 +226,7 @@ def test_builds_killed_at_ten_random_moments_leave_no_engine(random_checkpoint: 
             process.kill()
         process.wait()
         drain.join()
-        assert process.returncode == (0 if share is None else -signal.SIGKILL)
+        assert process.returncode == 0 or (share is not None and process.returncode == -signal.SIGKILL)  # it may be quicker than the first one was
         return time.monotonic() - began
 
     whole, unfinished = build("whole", None), 0
