@@ -131,6 +131,12 @@ def test_images_that_are_damaged_or_of_rare_formats_are_refused(batcher: Batcher
             assert ask(address, data_url(PICTURE, kind)).choices
 
 
+def test_as_many_images_and_pixels_as_the_limits_say_are_taken() -> None:
+    message = UserMessage(role="user", content=[ImagePart(type="image_url", image_url=ImageUrl(url=data_url(PICTURE)))] * 2)
+    _, images = read_messages([message], ServeOptions(max_images=2, max_image_pixels=2 * PICTURE.shape[0] * PICTURE.shape[1]))
+    assert len(images) == 2
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_whatever_bytes_an_image_has_it_is_read_or_refused(kind: str) -> None:
