@@ -150,14 +150,18 @@ class TritonPythonModel:
             if os.getppid() != server:
                 os._exit(1)  # nobody is left to finalize for
             faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True, file=2)
-            with self._changed:
-                live = list(self._live)
-            for exchange in live:
-                try:
-                    exchange.look_after()
-                except Exception:  # one client's; the others are watched on, and this process must not seem stuck
-                    traceback.print_exc()
+            self._look_after_all()
         faulthandler.cancel_dump_traceback_later()
+
+    def _look_after_all(self) -> None:
+        """One turn of the watcher. A frame of its own, in which no ended request lives on: Triton unloads no model while it does."""
+        with self._changed:
+            live = list(self._live)
+        for exchange in live:
+            try:
+                exchange.look_after()
+            except Exception:  # one client's; the others are watched on, and this process must not seem stuck
+                traceback.print_exc()
 
     def _show(self) -> None:
         """Set the gauges that have changed. Only while a request is open: a server that unloads the model does not answer."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -53,6 +55,17 @@ def request(**options: Any) -> Request:
     return Request(prompt=np.array([b"hello"], object), max_new_tokens=np.array([20]), **options)
 
 
+def slow_down(model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the watcher has turns while a request is answered."""
+    language = model._batcher.backend.language
+
+    def slow(**inputs: Any) -> Any:
+        time.sleep(0.02)
+        return language(**inputs)
+
+    monkeypatch.setattr(model._batcher.backend, "language", slow)
+
+
 @pytest.fixture
 def model(standin: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[TritonPythonModel]:
     triton: Any = ModuleType("triton_python_backend_utils")
@@ -86,13 +99,7 @@ def test_a_client_of_whom_triton_cannot_say_whether_he_is_gone_disturbs_nobody(
         asked.set()
         raise RuntimeError("triton is gone")
 
-    language = model._batcher.backend.language
-
-    def slow(**inputs: Any) -> Any:
-        time.sleep(0.02)
-        return language(**inputs)
-
-    monkeypatch.setattr(model._batcher.backend, "language", slow)
+    slow_down(model, monkeypatch)
     first, second = request(is_cancelled=broken), request()
     model.execute([first, second])
     assert asked.wait(PATIENCE)
@@ -121,3 +128,25 @@ def test_without_a_thread_for_it_a_request_is_told_so_and_the_others_are_answere
     assert "can't start new thread" in str(first.sender.responses[-1].error)
     assert second.sender.responses[-1].error is None
     assert model._live == set() or second.sender.ended.is_set()
+
+
+def test_nothing_of_a_request_that_has_ended_is_kept(model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton waits with unloading a model for what its requests hold to be freed."""
+    slow_down(model, monkeypatch)
+    asked = threading.Event()
+
+    def is_cancelled() -> bool:
+        asked.set()
+        return False
+
+    one = request(is_cancelled=is_cancelled)
+    sender = weakref.ref(one.sender)
+    model.execute([one])
+    assert one.sender.ended.wait(PATIENCE)
+    assert asked.wait(PATIENCE)  # the watcher had it in its hands
+    del one
+    end = time.monotonic() + PATIENCE
+    while sender() is not None and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.05)
+    assert sender() is None
