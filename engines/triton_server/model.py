@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from threading import Condition, Event, Lock, Semaphore, Thread
@@ -95,6 +96,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Give answers under way ``drain`` seconds to end, then stop."""
+        print(f"vflow: stopping; answers under way have {self._drain:g} s", file=sys.stderr, flush=True)  # into the server's log
         self._batcher.close(drain=self._drain)
         with self._changed:
             self._changed.wait_for(lambda: not self._live)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -512,6 +513,9 @@ def test_the_vision_model_is_read_up_to_the_backend_that_this_server_lacks_and_t
         assert status == 400 and "unable to find backend library for backend 'tensorrt'" in said
 
 
+STOPPING = "vflow: stopping; answers under way have 20 s"  # what the model writes into the log when it is told to stop
+
+
 def test_told_to_stop_it_ends_its_answers_first(slow_engine: Engine, tmp_path: Path) -> None:
     expected = Session(slow_engine, provider="cpu", threads=1).generate(ENDLESS, max_new_tokens=1500)
     with TritonProcess([slow_engine.path / REPOSITORY_FOLDER], tmp_path) as server:
@@ -521,7 +525,13 @@ def test_told_to_stop_it_ends_its_answers_first(slow_engine: Engine, tmp_path: P
             text += "".join(response.as_numpy("text")[0].decode() for response in responses)
             assert text == expected.text
             assert not server.ready
-        assert server.process.wait(PATIENCE) == 0
+        try:
+            code = server.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            assert STOPPING not in server.log.read_text(errors="replace")  # else it is our model that does not come to its end
+            pytest.xfail("the answer was whole, but Triton waits for the model without having told it to stop (triton-inference-server/server#8755)")
+        assert code == 0
+        assert STOPPING in server.log.read_text(errors="replace")
 
 
 def test_killed_under_load_it_starts_again(slow_engine: Engine, tmp_path: Path) -> None:
