@@ -13,13 +13,13 @@ class QueueFull(EngineError):  # noqa: N818  # a state of the batcher, not a fau
     """As many requests are waiting as may."""
 
 
-class RequestTimeout(EngineError):  # noqa: N818
+class RequestTimeout(EngineError):  # noqa: N818  # the user's limit, not a fault
     """A request whose time ran out, in the queue or while it was answered."""
 
 
-class RequestCancelled(EngineError):  # noqa: N818
+class RequestCancelled(EngineError):  # noqa: N818  # the user's wish, not a fault
     """A request that nobody wants answered any more."""
 
 
-class ShuttingDown(EngineError):  # noqa: N818
+class ShuttingDown(EngineError):  # noqa: N818  # a state of the batcher, not a fault
     """The batcher takes no more requests, or was closed before this one was answered."""

@@ -89,7 +89,7 @@ def read_request(
         raise EngineError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
     if not is_number(keep_scale) or not 0 < keep_scale <= 1:
         raise EngineError(f"keep_scale must be in (0, 1], got {keep_scale!r}")
-    stops = () if isinstance(stop, str) else tuple(stop)
+    stops = tuple(stop)
     if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stops):
         raise EngineError("stop must be a list of strings, none of them empty")
     if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):

@@ -86,6 +86,13 @@ def keep_top_kernel(key, survivors, tokens, count, index, TILE: tl.constexpr):
 
 
 @triton.jit
+def _fill(target, length, value: tl.constexpr, TILE: tl.constexpr):
+    for first in range(0, length, TILE):
+        place = first + tl.arange(0, TILE)
+        tl.store(target + place, tl.full((TILE,), value, tl.int64), mask=place < length)
+
+
+@triton.jit
 def _of_cell(home, cell, token, tokens):
     """What ``home`` holds for the tokens' cells; past the first-level cache, which knows nothing of atomics. → int64 [TILE]"""
     inside = token < tokens
@@ -101,9 +108,7 @@ def keep_top_per_cell_kernel(
     Until the end ``slot`` holds a token's class, then its place and class, and ``home`` the best rank of a cell's tokens that are not kept.
     """
     # Kept: the K0 = max(0, count − cells) most important. Of the others the most important of each cell is its representative.
-    for first in range(0, cell_total, TILE):
-        number = first + tl.arange(0, TILE)
-        tl.store(home + number, tl.full((TILE,), NO_RANK, tl.int64), mask=number < cell_total)
+    _fill(home, cell_total, NO_RANK, TILE)
     kept_total = tl.maximum(count - cell_total, 0)
     threshold, ties = _threshold(importance, slot, tokens, REST, kept_total, False, TILE)
     tl.debug_barrier()
@@ -133,9 +138,7 @@ def keep_top_per_cell_kernel(
     contested = tl.where(cells_win, REPRESENTATIVE, REST)
     left = tl.where(cells_win, count - kept_total, count - kept_total - representatives)
     threshold, ties = _threshold(importance, slot, tokens, contested, left, True, TILE)
-    for first in range(0, cell_total, TILE):
-        number = first + tl.arange(0, TILE)
-        tl.store(home + number, tl.full((TILE,), -1, tl.int64), mask=number < cell_total)
+    _fill(home, cell_total, -1, TILE)
     tl.debug_barrier()
     ties_seen = 0
     placed = 0

@@ -273,7 +273,7 @@ def _logger(trt: Any) -> tuple[Any, list[str]]:
     """A logger for the library, and the errors that it has been given."""
     errors: list[str] = []
 
-    class Errors(trt.ILogger):  # type: ignore[misc]
+    class Errors(trt.ILogger):  # type: ignore[misc]  # the bindings are untyped
         def __init__(self) -> None:
             super().__init__()
 
