@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import ALIGNMENT, Contract, ContractError
+from .contract import ALIGNMENT, Contract, ContractError, Launch
 from .launch import DTYPES, PRECISION_OF
 
 __all__ = ["DriverError", "DriverKernel"]
@@ -59,14 +59,14 @@ class DriverKernel:
             for argument, shape in zip(contract.outputs, plan.output_shapes, strict=True)
         ]
         if 0 not in plan.grid:
-            self._launch(plan.grid, [tensor.data_ptr() for tensor in inputs], plan.sizes, [tensor.data_ptr() for tensor in outputs], stream)
+            self._launch(plan, inputs, outputs, stream)
         return outputs
 
-    def _launch(self, grid: Sequence[int], inputs: list[int], sizes: Sequence[int], outputs: list[int], stream: int) -> None:
-        values = (*inputs, *sizes, *outputs)
-        types = (*(ctypes.c_void_p,) * len(inputs), *(ctypes.c_int32,) * len(sizes), *(ctypes.c_void_p,) * len(outputs))
+    def _launch(self, plan: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor], stream: int) -> None:
+        values = (*(tensor.data_ptr() for tensor in inputs), *plan.sizes, *(tensor.data_ptr() for tensor in outputs))
+        types = (*(ctypes.c_void_p,) * len(inputs), *(ctypes.c_int32,) * len(plan.sizes), *(ctypes.c_void_p,) * len(outputs))
         launch = self._driver.cuLaunchKernel
-        self._call(launch, self._function, *grid, *self.contract.block, self.contract.shared_bytes, stream, (values, types), 0)
+        self._call(launch, self._function, *plan.grid, *self.contract.block, self.contract.shared_bytes, stream, (values, types), 0)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         error, *results = function(*arguments)

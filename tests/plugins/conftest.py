@@ -13,19 +13,25 @@ from kernel_errors import worst
 from kernel_graph import kernel_graph
 from vflow.plugins.contract import PRECISIONS
 
-KERNEL_TESTS = ["test_kernels_scoring.py", "test_kernels_compaction.py", "test_torch_ops.py", "test_compile.py", "test_lowerings.py"]
+KERNEL_TESTS = [
+    "test_kernels_scoring.py",
+    "test_kernels_compaction.py",
+    "test_torch_ops.py",
+    "test_compile.py",
+    "test_emulated_kernels.py",
+    "test_lowerings.py",
+]
 collect_ignore = [] if importlib.util.find_spec("triton") else KERNEL_TESTS  # there is no Triton language for macOS
 
 COMPILE = """
 import sys
 from pathlib import Path
 import onnx
-from vflow.plugins.compile import TARGETS, compile_kernel, compile_plugins, entry_parameters, graph_kernels
+from vflow.plugins.compile import Kernel, compile_plugins, graph_kernels
 from vflow.plugins.entropy_kernels import PATCH_ENTROPY
-compile_plugins(Path(sys.argv[1]), graph_kernels([onnx.load_model_from_string(sys.stdin.buffer.read())], sys.argv[2]))
-for target in TARGETS:  # the one kernel that no graph holds
-    _, ptx, _ = compile_kernel(PATCH_ENTROPY, {"K": 1176}, sys.argv[2], target)
-    assert entry_parameters(ptx)[1] == ["u64"] * 4
+folder, precision = sys.argv[1:]
+kernels = graph_kernels([onnx.load_model_from_string(sys.stdin.buffer.read())], precision)
+compile_plugins(Path(folder), [*kernels, Kernel(PATCH_ENTROPY, {"K": 1176}, precision)])  # the one that no graph holds
 """
 
 

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from vflow.plugins.compaction import WEIGHT_FLOOR
 
 # Odd sizes: a head dimension of two tiles, a group of 3 heads a key head, widths that are no powers of two.
-TOWER_HEADS, HEAD_DIM, WIDTH, TOWER_WIDTH, ROTARY = 4, 80, 96, 1280, 8
+TOWER_HEADS, HEAD_DIM, WIDTH, TOWER_WIDTH, ROTARY = 4, 80, 96, 320, 8
 DECODER_HEADS, KEY_HEADS, DECODER_HEAD_DIM = 6, 2, 16
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 KINDS = {"F": TensorProto.FLOAT, "I": TensorProto.INT64, "i": TensorProto.INT32, "B": TensorProto.BOOL}

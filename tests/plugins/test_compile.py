@@ -18,7 +18,10 @@ from vflow.plugins.compile import MANIFEST_FILE, TARGETS, CompileError, compile_
 from vflow.plugins.contract import PRECISIONS, Contract, ContractError, evaluate
 from vflow.plugins.driver import DriverError, DriverKernel
 
-OPS = {"RowLogSumExp", "MaskedColumnMean", "KeepTop", "KeepTopPerCell", "GroupTokens", "MergeTokens", "GatherTokens", "LastTokenAttention"}
+OPS = {
+    "RowLogSumExp", "MaskedColumnMean", "PatchEntropy", "KeepTop", "KeepTopPerCell", "GroupTokens", "MergeTokens", "GatherTokens",
+    "LastTokenAttention",
+}  # fmt: skip
 SUFFIXES = {"9.0": "a", "10.0": "a", "12.0": "a"}  # code for one architecture only
 
 
