@@ -76,7 +76,7 @@ def cost(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, text
         return 2 * length * per_token + 2 * length * (length + 1) * attention_width  # causal: half of the square
 
     guided = schedule.later_stages if schedule.guidance_weight > 0 else ()
-    guidance = sum(2 * (in_decoder[stage.layer - 1] + text_tokens) * attention_width for stage in guided)
+    guidance = sum(4 * (in_decoder[stage.layer - 1] + text_tokens) * attention_width for stage in guided)  # products taken twice
     return Cost(
         tower_tokens=in_tower,
         tower_block_flops=tuple(map(block_flops, in_tower)),

@@ -90,7 +90,7 @@ def _count_members(slot: Tensor, survivors: int) -> Tensor:
     return torch.bincount(slot[slot >= 0], minlength=survivors)
 
 
-def group_tokens(index: Tensor, slot: Tensor, members: Tensor) -> Tensor:
+def group_tokens(index: Tensor, slot: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens in the order of their slots: those of survivor 0, then of 1, …, and last those that have none.
 
     A group of its own for each survivor is what lets a kernel read a survivor's tokens without looking for them.
@@ -99,24 +99,28 @@ def group_tokens(index: Tensor, slot: Tensor, members: Tensor) -> Tensor:
         index: int64 [M]; slot: int64 [N]; members: int64 [M], as from ``keep_top_per_cell``.
 
     Returns:
-        order int64 [N], a permutation, ascending within a slot: survivor m has ``order[s : s + members[m]]`` with s = Σ ``members[:m]``.
+        order int64 [N], a permutation, ascending within a slot; start int64 [M] = Σ ``members[:m]``: survivor m has
+        ``order[start[m] : start[m] + members[m]]``.
     """
     if is_tracing():
-        return emit("GroupTokens", (index, slot, members), {}, [(torch.int64, slot.shape)])[0]
-    order: Tensor = _group_tokens(index, slot, members)
-    return order
+        order, start = emit("GroupTokens", (index, slot, members), {}, [(torch.int64, slot.shape), (torch.int64, index.shape)])
+    else:
+        order, start = _group_tokens(index, slot, members)
+    return order, start
 
 
-def _reference_group_tokens(index: Tensor, slot: Tensor, members: Tensor) -> Tensor:
-    return torch.argsort(torch.where(slot < 0, index.shape[0], slot), stable=True)
+def _reference_group_tokens(index: Tensor, slot: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.argsort(torch.where(slot < 0, index.shape[0], slot), stable=True), members.cumsum(0) - members
 
 
-def merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def merge_tokens(
+    features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, order: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
     """Survivors with what was merged into them.
 
     Args:
         features: [N, F]; importance: float32 [N]; index: int64 [M]; slot: int64 [N]; members: int64 [M], these three from ``keep_top_per_cell``.
-        order: int64 [N] from ``group_tokens``; says the same as ``slot``, and a kernel needs it where standard operators need that.
+        order: int64 [N]; start: int64 [M], from ``group_tokens``: they say what ``slot`` says; kernels read them, standard operators ``slot``.
 
     Returns:
         merged [M, F] (dtype of ``features``; a survivor alone is copied bit for bit) and the summed importance of each survivor's
@@ -125,14 +129,14 @@ def merge_tokens(features: Tensor, importance: Tensor, index: Tensor, slot: Tens
     if is_tracing():
         survivors = index.shape[0]
         outputs = [(features.dtype, (survivors, features.shape[1])), (torch.float32, (survivors,))]
-        merged, summed = emit("MergeTokens", (features, importance, index, slot, members, order), {"floor": WEIGHT_FLOOR}, outputs)
+        merged, summed = emit("MergeTokens", (features, importance, index, slot, members, order, start), {"floor": WEIGHT_FLOOR}, outputs)
         return merged, summed
-    merged, summed = _merge_tokens(features, importance, index, slot, members, order, WEIGHT_FLOOR)
+    merged, summed = _merge_tokens(features, importance, index, slot, members, order, start, WEIGHT_FLOOR)
     return merged, summed
 
 
 def _reference_merge_tokens(
-    features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, order: Tensor, floor: float
+    features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, order: Tensor, start: Tensor, floor: float
 ) -> tuple[Tensor, Tensor]:
     survivors = index.shape[0]
     taken = slot >= 0
@@ -149,7 +153,7 @@ def _reference_merge_tokens(
 def merge_by_slot(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     """``merge_tokens`` for slots of any origin: merged [M, F] from index int64 [M] and slot int64 [N]. Not for tracing."""
     members = _count_members(slot, index.shape[0])
-    return merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))[0]
+    return merge_tokens(features, importance, index, slot, members, *group_tokens(index, slot, members))[0]
 
 
 def gather_tokens(hidden: Tensor, cos: Tensor, sin: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,15 +198,16 @@ _keep_top_per_cell = register(
     "selection_kernels:KEEP_TOP_PER_CELL",
 )
 _group_tokens = register(
-    "group_tokens(Tensor index, Tensor slot, Tensor members) -> Tensor",
+    "group_tokens(Tensor index, Tensor slot, Tensor members) -> (Tensor, Tensor)",
     _reference_group_tokens,
-    lambda index, slot, members: slot.new_empty(slot.shape),
+    lambda index, slot, members: (slot.new_empty(slot.shape), members.new_empty(members.shape)),
     "selection_kernels:GROUP_TOKENS",
 )
 _merge_tokens = register(
-    "merge_tokens(Tensor features, Tensor importance, Tensor index, Tensor slot, Tensor members, Tensor order, float floor) -> (Tensor, Tensor)",
+    "merge_tokens(Tensor features, Tensor importance, Tensor index, Tensor slot, Tensor members, Tensor order, Tensor start, float floor)"
+    " -> (Tensor, Tensor)",
     _reference_merge_tokens,
-    lambda features, importance, index, slot, members, order, floor: (
+    lambda features, importance, index, slot, members, order, start, floor: (
         features.new_empty(index.shape[0], features.shape[1]),
         importance.new_empty(index.shape),
     ),
@@ -302,24 +307,26 @@ GROUP_KEY = """
 """
 
 GROUP_TOKENS = function_body(
-    "GroupTokens (index, slot, members) => (order) {"
+    "GroupTokens (index, slot, members) => (order, start) {"
     + GROUP_KEY
     + """
     tokens = Shape(slot)
     groups, order = TopK <axis: int = 0, largest: int = 0, sorted: int = 1>(group, tokens)
+    axis = Constant <value_int: int = 0>()
+    start = CumSum <exclusive: int = 1>(members, axis)
 }
 """
 )
 
 MERGE_TOKENS = function_body("""
-MergeTokens <floor: float>(features, importance, index, slot, members, order) => (merged, summed) {
+MergeTokens <floor: float>(features, importance, index, slot, members, order, start) => (merged, summed) {
     zero = Constant <value_ints: ints = [0]>()
     one = Constant <value_ints: ints = [1]>()
-    start = Constant <value_int: int = 0>()
+    first = Constant <value_int: int = 0>()
     step = Constant <value_int: int = 1>()
     survivors_dim = Shape(index)
     survivors = Squeeze(survivors_dim, zero)
-    slots = Range(start, survivors, step)
+    slots = Range(first, survivors, step)
     slots_column = Unsqueeze(slots, one)
     slot_row = Unsqueeze(slot, zero)
     inside = Equal(slots_column, slot_row)

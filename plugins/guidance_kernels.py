@@ -1,8 +1,4 @@
-"""Text guidance on the GPU (formula in ``guidance.py``): one query row of every head against the visual keys.
-
-One launch without a workspace: each program computes the softmax denominators itself (a few million multiplications) and then
-writes its own tile of columns, heads summed in order.
-"""
+"""Text guidance on the GPU (formulas in ``guidance.py``): one query row of every head against the visual keys, which are read once by each kernel."""
 
 from __future__ import annotations
 
@@ -13,41 +9,73 @@ import triton
 import triton.language as tl
 
 from .contract import ArgumentSpec, KernelSpec
-from .importance_kernels import LOG2_E, MIN_DOT_WIDTH, add_keys, dot_rows, load_rows, product_constants
+from .guidance import KEY_BLOCK
+from .importance_kernels import LN_2, LOG2_E, MIN_DOT_WIDTH, add_keys, dot_rows, load_rows, product_constants
 
-__all__ = ["KERNELS", "LAST_TOKEN_ATTENTION"]
+__all__ = ["KERNELS", "LAST_TOKEN_ATTENTION", "LAST_TOKEN_LOG_SUM_EXP"]
+
+LOWEST_LSE = tl.constexpr(-1e30)  # of a block without visual tokens
+
+
+@triton.jit
+def _scores(
+    query, key, key_head, column, length,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr, HEAD_TILE: tl.constexpr,
+):  # fmt: skip
+    """Products of the heads that share a key head with some of its keys. → float32 [HEAD_TILE, columns]"""
+    head = tl.arange(0, HEAD_TILE)
+    heads = query + key_head * (H // KV) * D
+    high = load_rows(heads, head, H // KV, D, 0, HIGH, TYPE)
+    low = high
+    if LOW > 0:
+        low = load_rows(heads, head, H // KV, D, HIGH, LOW, TYPE)
+    return dot_rows(high, low, key + key_head * length * D, column, length, D, HIGH, LOW, TYPE)
+
+
+@triton.jit
+def last_token_log_sum_exp_kernel(
+    query, key, is_visual, length, blocks, block_lse,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr, SCALE: tl.constexpr,
+    HEAD_TILE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """λ of one block of keys, for the heads that share a key head; scale > 0."""
+    block, key_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    peak = tl.full((HEAD_TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((HEAD_TILE,), tl.float32)
+    for start in range(0, BLOCK, TILE):
+        column = block * BLOCK + start + tl.arange(0, TILE)
+        visual = tl.load(is_visual + column, mask=column < length, other=0) != 0
+        scores = _scores(query, key, key_head, column, length, H, KV, D, HIGH, LOW, TYPE, HEAD_TILE)
+        peak, total = add_keys(peak, total, tl.where(visual[None, :], scores, float("-inf")), SCALE * LOG2_E)
+    head = tl.arange(0, HEAD_TILE)
+    lse = tl.maximum((peak * (SCALE * LOG2_E) + tl.log2(total)) * LN_2, LOWEST_LSE)
+    tl.store(block_lse + (key_head * (H // KV) + head) * blocks + block, lse, mask=head < H // KV)
 
 
 @triton.jit
 def last_token_attention_kernel(
-    query, key, is_visual, length, attention,
+    query, key, is_visual, block_lse, length, blocks, attention,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr, SCALE: tl.constexpr,
-    HEAD_TILE: tl.constexpr, TILE: tl.constexpr,
+    HEAD_TILE: tl.constexpr, TILE: tl.constexpr, LSE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """g_j = mean_h softmax_j(scale · q_h·k_j) over the visual j, for TILE columns; scale > 0."""
-    own = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    own_visual = tl.load(is_visual + own, mask=own < length, other=0) != 0
+    """g of TILE columns, heads summed in order."""
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    visual = tl.load(is_visual + column, mask=column < length, other=0) != 0
     head = tl.arange(0, HEAD_TILE)
     total = tl.zeros((TILE,), tl.float32)
     for key_head in range(0, KV):
-        query_head = query + key_head * (H // KV) * D
-        keys = key + key_head * length * D
-        query_high = load_rows(query_head, head, H // KV, D, 0, HIGH, TYPE)
-        query_low = query_high
-        if LOW > 0:
-            query_low = load_rows(query_head, head, H // KV, D, HIGH, LOW, TYPE)
         peak = tl.full((HEAD_TILE,), float("-inf"), tl.float32)
         denominator = tl.zeros((HEAD_TILE,), tl.float32)
-        for start in range(0, length, TILE):
-            column = start + tl.arange(0, TILE)
-            visual = tl.load(is_visual + column, mask=column < length, other=0) != 0
-            scores = dot_rows(query_high, query_low, keys, column, length, D, HIGH, LOW, TYPE)
-            peak, denominator = add_keys(peak, denominator, tl.where(visual[None, :], scores, float("-inf")), SCALE * LOG2_E)
-        scores = dot_rows(query_high, query_low, keys, own, length, D, HIGH, LOW, TYPE)
-        counts = own_visual[None, :] & (head[:, None] < H // KV)
-        share = tl.exp2((scores - peak[:, None]) * (SCALE * LOG2_E)) / denominator[:, None]
-        total += tl.sum(tl.where(counts, share, 0.0), 0)
-    tl.store(attention + own, total / H, mask=own < length)
+        for start in range(0, blocks, LSE_TILE):
+            block = start + tl.arange(0, LSE_TILE)
+            inside = (head[:, None] < H // KV) & (block[None, :] < blocks)
+            lse = tl.load(block_lse + (key_head * (H // KV) + head[:, None]) * blocks + block[None, :], mask=inside, other=float("-inf"))
+            peak, denominator = add_keys(peak, denominator, lse, LOG2_E)
+        base = peak * LOG2_E + tl.log2(denominator)
+        scores = _scores(query, key, tl.full((), key_head, tl.int64), column, length, H, KV, D, HIGH, LOW, TYPE, HEAD_TILE)
+        counts = visual[None, :] & (head[:, None] < H // KV)
+        total += tl.sum(tl.where(counts, tl.exp2(scores * (SCALE * LOG2_E) - base[:, None]), 0.0), 0)
+    tl.store(attention + column, total / H, mask=column < length)
 
 
 def _constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -56,20 +84,37 @@ def _constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
     return {**heads, **product_constants(values["D"], precision), "SCALE": values["scale"], "TILE": 16 if precision == "fp32" else 64}
 
 
+def _block_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    return {**_constants(values, precision), "BLOCK": KEY_BLOCK}
+
+
+def _attention_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    return {**_constants(values, precision), "LSE_TILE": 64}
+
+
+BLOCKS = f"(S + {KEY_BLOCK - 1}) // {KEY_BLOCK}"
+INPUTS = (ArgumentSpec("query", "T", ("H", "D")), ArgumentSpec("key", "T", ("KV", "S", "D")), ArgumentSpec("is_visual", "bool", ("S",)))
+
+LAST_TOKEN_LOG_SUM_EXP = KernelSpec(
+    op="LastTokenLogSumExp",
+    kernel=last_token_log_sum_exp_kernel,
+    inputs=INPUTS,
+    sizes={"length": "S", "blocks": BLOCKS},
+    outputs=(ArgumentSpec("block_lse", "float32", ("H", BLOCKS)),),
+    grid=(BLOCKS, "KV", "1"),
+    constants=_block_constants,
+    static=("H", "KV", "D"),
+    attributes=("scale",),
+)
 LAST_TOKEN_ATTENTION = KernelSpec(
     op="LastTokenAttention",
     kernel=last_token_attention_kernel,
-    inputs=(
-        ArgumentSpec("query", "T", ("H", "D")),
-        ArgumentSpec("key", "T", ("KV", "S", "D")),
-        ArgumentSpec("is_visual", "bool", ("S",)),
-    ),
-    sizes={"length": "S"},
+    inputs=(*INPUTS, ArgumentSpec("block_lse", "float32", ("H", "B"))),
+    sizes={"length": "S", "blocks": "B"},
     outputs=(ArgumentSpec("attention", "float32", ("S",)),),
     grid=("(S + TILE - 1) // TILE", "1", "1"),
-    constants=_constants,
+    constants=_attention_constants,
     static=("H", "KV", "D"),
     attributes=("scale",),
-    num_stages=3,
 )
-KERNELS = (LAST_TOKEN_ATTENTION,)
+KERNELS = (LAST_TOKEN_LOG_SUM_EXP, LAST_TOKEN_ATTENTION)

@@ -173,18 +173,19 @@ def keep_top_per_cell_kernel(
 
 
 @triton.jit
-def group_tokens_kernel(index, slot, members, tokens, survivors, order, TILE: tl.constexpr):
+def group_tokens_kernel(index, slot, members, tokens, survivors, order, start, TILE: tl.constexpr):
     """The tokens of one survivor, or after the last those of none, in ascending order behind those of the survivors before it."""
     survivor = tl.program_id(0)
-    start = 0
+    begin = 0
     for first in range(0, survivor, TILE):
         before = first + tl.arange(0, TILE)
-        start += tl.sum(tl.load(members + before, mask=before < survivor, other=0).to(tl.int32), 0)
-    size = tokens - start
+        begin += tl.sum(tl.load(members + before, mask=before < survivor, other=0).to(tl.int32), 0)
+    size = tokens - begin
     if survivor < survivors:
         size = tl.load(members + survivor).to(tl.int32)
+        tl.store(start + survivor, begin)
     if (survivor < survivors) & (size == 1):
-        tl.store(order + start, tl.load(index + survivor))
+        tl.store(order + begin, tl.load(index + survivor))
     else:
         wanted = tl.where(survivor < survivors, survivor, -1)
         found = 0
@@ -192,7 +193,7 @@ def group_tokens_kernel(index, slot, members, tokens, survivors, order, TILE: tl
         while (found < size) & (first < tokens):
             token = first + tl.arange(0, TILE)
             mine = (tl.load(slot + token, mask=token < tokens, other=-2) == wanted).to(tl.int32)
-            place = start + found + tl.cumsum(mine, 0) - 1
+            place = begin + found + tl.cumsum(mine, 0) - 1
             tl.store(order + place, token.to(tl.int64), mask=mine > 0)
             found += tl.sum(mine, 0)
             first += TILE
@@ -245,7 +246,7 @@ GROUP_TOKENS = KernelSpec(
     kernel=group_tokens_kernel,
     inputs=(ArgumentSpec("index", "int64", ("M",)), ArgumentSpec("slot", "int64", ("N",)), ArgumentSpec("members", "int64", ("M",))),
     sizes={"tokens": "N", "survivors": "M"},
-    outputs=(ArgumentSpec("order", "int64", ("N",)),),
+    outputs=(ArgumentSpec("order", "int64", ("N",)), ArgumentSpec("start", "int64", ("M",))),
     grid=("M + 1", "1", "1"),
     constants=_group_constants,
     num_warps=8,

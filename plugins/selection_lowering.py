@@ -19,11 +19,11 @@ RANK = """
     zero = Constant <value_ints: ints = [0]>()
     one = Constant <value_ints: ints = [1]>()
     axis = Constant <value_int: int = 0>()
-    start = Constant <value_int: int = 0>()
+    first = Constant <value_int: int = 0>()
     step = Constant <value_int: int = 1>()
     tokens = Shape({key})
     token_total = Squeeze(tokens, zero)
-    number = Range(start, token_total, step)
+    number = Range(first, token_total, step)
     number_row = Unsqueeze(number, zero)
     number_column = Unsqueeze(number, one)
     key_row = Unsqueeze({key}, zero)
@@ -106,13 +106,14 @@ KEEP_TOP_PER_CELL = function_body(
 
 # A token's place is the number of tokens ahead of it; those are a permutation.
 GROUP_TOKENS = function_body(
-    "GroupTokens (index, slot, members) => (order) {"
+    "GroupTokens (index, slot, members) => (order, start) {"
     + GROUP_KEY
     + "    key = Neg(group)"
     + RANK.format(key="key")
     + """
     blank = Expand(zero, tokens)
     order = ScatterElements <axis: int = 0>(blank, rank, number)
+    start = CumSum <exclusive: int = 1>(members, axis)
 }
 """
 )

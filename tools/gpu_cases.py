@@ -17,7 +17,8 @@ from vflow.plugins.compaction import WEIGHT_FLOOR, group_tokens, keep_top
 from vflow.plugins.compaction_kernels import GATHER_TOKENS, MERGE_TOKENS
 from vflow.plugins.contract import KernelSpec
 from vflow.plugins.entropy_kernels import PATCH_ENTROPY
-from vflow.plugins.guidance_kernels import LAST_TOKEN_ATTENTION
+from vflow.plugins.guidance import KEY_BLOCK
+from vflow.plugins.guidance_kernels import LAST_TOKEN_ATTENTION, LAST_TOKEN_LOG_SUM_EXP
 from vflow.plugins.importance_kernels import MASKED_COLUMN_MEAN, ROW_LOG_SUM_EXP
 from vflow.plugins.selection_kernels import GROUP_TOKENS, KEEP_TOP, KEEP_TOP_PER_CELL
 
@@ -90,7 +91,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> 
     )
     ties = (uniform(sizes.tokens) * sizes.tokens / 2).floor() / sizes.tokens  # about two tokens a value
     compaction = _compaction_cases(sizes, ties, normal, _grid_cells(sizes).to(device))
-    return [*scoring, *compaction, _guidance_case(sizes, normal, uniform), _entropy_case(sizes, dtype, uniform)]
+    return [*scoring, *compaction, *_guidance_cases(sizes, normal, uniform), _entropy_case(sizes, dtype, uniform)]
 
 
 def _grid_cells(sizes: Sizes) -> Tensor:
@@ -151,7 +152,7 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
     cells = torch.arange(sizes.cells, device=device)
     on_cpu = importance.cpu()
     *selected, home = torch.ops.vflow.keep_top_per_cell(on_cpu, cell.cpu(), cells.cpu(), survivors.cpu())
-    index, slot, members, home, order = (x.to(device) for x in (*selected, home, group_tokens(*selected)))
+    index, slot, members, home, order, start = (x.to(device) for x in (*selected, home, *group_tokens(*selected)))
     features = normal(sizes.tokens, sizes.hidden)
     hidden, cos, sin = normal(1, sizes.tokens, sizes.hidden), normal(1, sizes.tokens, 64), normal(1, sizes.tokens, 64)
     item = features.element_size()
@@ -163,10 +164,10 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
         shares = belongs * weight
         return [shares / shares.sum(1, keepdim=True) @ features.double(), belongs @ importance.double()]
 
-    def eager_group(index: Tensor, slot: Tensor, members: Tensor) -> Tensor:
-        return torch.argsort(torch.where(slot < 0, index.shape[0], slot), stable=True)
+    def eager_group(index: Tensor, slot: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.argsort(torch.where(slot < 0, index.shape[0], slot), stable=True), members.cumsum(0) - members
 
-    def eager_merge(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, order: Tensor) -> Tensor:
+    def eager_merge(features: Tensor, importance: Tensor, index: Tensor, slot: Tensor, members: Tensor, order: Tensor, start: Tensor) -> Tensor:
         taken = slot >= 0
         weight = torch.where(taken, importance.clamp(min=0) + WEIGHT_FLOOR, 0.0)
         target = slot.clamp(min=0)
@@ -197,9 +198,9 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
             KEEP_TOP_PER_CELL, [importance, cell, cells, survivors], {}, lambda: [index, slot, members, home], eager_per_cell,
             (EXACT,) * 4, sizes=shown,
         ),
-        Case(GROUP_TOKENS, [index, slot, members], {}, lambda: [order], eager_group, (EXACT,), sizes=shown),
+        Case(GROUP_TOKENS, [index, slot, members], {}, lambda: [order, start], eager_group, (EXACT, EXACT), sizes=shown),
         Case(
-            MERGE_TOKENS, [features, importance, index, slot, members, order], {"floor": WEIGHT_FLOOR}, expected_merge, eager_merge,
+            MERGE_TOKENS, [features, importance, index, slot, members, order, start], {"floor": WEIGHT_FLOOR}, expected_merge, eager_merge,
             (ROUNDING[features.dtype], SCORE_TOLERANCE), floor=1e-1, moved=rows * sizes.hidden * item, sizes=shown,
         ),
         Case(
@@ -209,20 +210,35 @@ def _compaction_cases(sizes: Sizes, importance: Tensor, normal: Callable[..., Te
     ]  # fmt: skip
 
 
-def _guidance_case(sizes: Sizes, normal: Callable[..., Tensor], uniform: Callable[..., Tensor]) -> Case:
+def _guidance_cases(sizes: Sizes, normal: Callable[..., Tensor], uniform: Callable[..., Tensor]) -> list[Case]:
+    """The plain form of the second does without the first."""
     (heads, key_heads), width = sizes.decoder_heads, sizes.decoder_head_dim
     query, key, visual = normal(heads, width) * 2, normal(key_heads, sizes.tokens, width), uniform(sizes.tokens) < 0.9
-    scale = width**-0.5
+    scale, moved, shown = width**-0.5, key.numel() * key.element_size(), {"tokens": sizes.tokens, "heads": heads}
 
-    def attention(query: Tensor, key: Tensor, visual: Tensor) -> Tensor:
-        scores = query.reshape(key_heads, -1, width) @ key.transpose(1, 2) * scale
-        shares = torch.softmax(torch.where(visual, scores, -torch.inf).to(torch.promote_types(scores.dtype, torch.float32)), 2)
-        return torch.where(visual, shares.mean((0, 1)), 0.0)
+    def scores(query: Tensor, key: Tensor, visual: Tensor) -> Tensor:
+        products = (query.reshape(key_heads, -1, width) @ key.transpose(1, 2) * scale).reshape(heads, -1)
+        return torch.where(visual, products, -torch.inf).to(torch.promote_types(products.dtype, torch.float32))
 
-    return Case(
-        LAST_TOKEN_ATTENTION, [query, key, visual], {"scale": scale}, lambda: [attention(query.double(), key.double(), visual)], attention,
-        (SCORE_TOLERANCE,), floor=RELEVANCE_FLOOR, moved=key.numel() * key.element_size(), sizes={"tokens": sizes.tokens, "heads": heads},
-    )  # fmt: skip
+    def block_lse(query: Tensor, key: Tensor, visual: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(scores(query, key, visual), (0, -visual.shape[0] % KEY_BLOCK), value=-1e30)
+        return torch.logsumexp(padded.reshape(heads, -1, KEY_BLOCK), 2)
+
+    def attention(query: Tensor, key: Tensor, visual: Tensor, lse: Tensor) -> Tensor:
+        return torch.where(visual, torch.softmax(scores(query, key, visual), 1).mean(0), 0.0)
+
+    exact = [query.double(), key.double(), visual]
+    lse = block_lse(*exact)
+    return [
+        Case(
+            LAST_TOKEN_LOG_SUM_EXP, [query, key, visual], {"scale": scale}, lambda: [lse], block_lse,
+            (SCORE_TOLERANCE,), floor=1.0, moved=moved, sizes=shown,
+        ),
+        Case(
+            LAST_TOKEN_ATTENTION, [query, key, visual, lse.float()], {"scale": scale}, lambda: [attention(*exact, lse)], attention,
+            (SCORE_TOLERANCE,), floor=RELEVANCE_FLOOR, moved=moved, sizes=shown,
+        ),
+    ]  # fmt: skip
 
 
 def _entropy_case(sizes: Sizes, dtype: torch.dtype, uniform: Callable[..., Tensor]) -> Case:

@@ -35,7 +35,7 @@ import triton
 from gpu_cases import SIZES, Case, cases
 from gpu_engines import check_engine
 from gpu_models import Runtime, available_runtimes, check_model, compare_speed, large_model, schedules, unsupported_gpu
-from gpu_timing import machine_limits, merging_times, scoring_times, time_case
+from gpu_timing import machine_limits, pair_times, scoring_times, time_case
 from torch import Tensor
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.plugins.launch import PRECISION_OF, launch
@@ -205,12 +205,13 @@ def time_everything(report: Report, sizes: Sequence[str], device: torch.device, 
             report.add("time", named(case, TIMED_DTYPE), lambda case=case: time_case(case, lambda: run_kernel(case), limits, device))  # type: ignore[misc]
         size = SIZES[name]
         report.add("time", f"scoring, patches={size.patches}", lambda size=size: scoring_times(size, TIMED_DTYPE, device))  # type: ignore[misc]
-        group, merge = timed["GroupTokens"], timed["MergeTokens"]
-        report.add(
-            "time",
-            f"merging, tokens={size.tokens} cells={size.cells}",
-            lambda g=group, m=merge: merging_times(lambda: run_kernel(g), lambda: run_kernel(m), m.moved, limits, device),  # type: ignore[misc]
-        )
+        for title, first, second in (("merging", "GroupTokens", "MergeTokens"), ("guidance", "LastTokenLogSumExp", "LastTokenAttention")):
+            pair = timed[first], timed[second]
+            report.add(
+                "time",
+                f"{title}, tokens={size.tokens} cells={size.cells}",
+                lambda a=pair[0], b=pair[1]: pair_times(lambda: run_kernel(a), lambda: run_kernel(b), b, limits, device),  # type: ignore[misc]
+            )
     return limits
 
 

@@ -13,7 +13,7 @@ from gpu_cases import Case, Sizes
 from torch import Tensor
 from vflow.plugins.importance import context_relevance
 
-__all__ = ["machine_limits", "merging_times", "milliseconds", "scoring_times", "time_case"]
+__all__ = ["machine_limits", "milliseconds", "pair_times", "scoring_times", "time_case"]
 
 WARM_UPS = 3
 LEAST_CALLS, MOST_CALLS, MOST_SECONDS = 5, 200, 0.5  # a timing ends with the first limit
@@ -76,11 +76,11 @@ def time_case(case: Case, kernel: Callable[[], Any], limits: dict[str, float], d
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}
 
 
-def merging_times(group: Callable[[], Any], merge: Callable[[], Any], moved: int, limits: dict[str, float], device: torch.device) -> dict[str, Any]:
-    """Tokens grouped and merged: both kernels as one, beside the ``moved`` bytes that merging alone must read and write."""
-    milliseconds_both = milliseconds(lambda: (group(), merge()), device)
-    of_limit = moved / milliseconds_both / 1e6 / limits["copy_gb_s"]
-    return {"passed": None, "kernels_ms": round(milliseconds_both, 4), "of_limit": round(of_limit, 4)}
+def pair_times(first: Callable[[], Any], second: Callable[[], Any], case: Case, limits: dict[str, float], device: torch.device) -> dict[str, Any]:
+    """A kernel that prepares and the one that it is for, as one, beside plain PyTorch and the bytes of ``case``, the second alone."""
+    found = {"kernels_ms": milliseconds(lambda: (first(), second()), device), "eager_ms": milliseconds(lambda: case.eager(*case.inputs), device)}
+    of_limit = case.moved / found["kernels_ms"] / 1e6 / limits["copy_gb_s"]
+    return {"passed": None, **{name: round(value, 4) for name, value in found.items()}, "of_limit": round(of_limit, 4)}
 
 
 def scoring_times(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

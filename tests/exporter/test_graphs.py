@@ -70,9 +70,9 @@ def test_standard_operators_that_engines_fuse_are_there_as_one_node_each(engines
         (PRUNED, "vision", {"RowLogSumExp": 3, "MaskedColumnMean": 6, "KeepTop": 4, "KeepTopPerCell": 2, "GroupTokens": 2, "MergeTokens": 2}),
         (PRUNED, "language", {"KeepTop": 2, "GatherTokens": 2}),
         (PROPORTIONAL, "vision", {"RowLogSumExp": 2, "MaskedColumnMean": 2, "KeepTop": 1, "KeepTopPerCell": 2, "GroupTokens": 2, "MergeTokens": 3}),
-        (PROPORTIONAL, "language", {"KeepTop": 1, "GatherTokens": 1, "LastTokenAttention": 1}),
+        (PROPORTIONAL, "language", {"KeepTop": 1, "GatherTokens": 1, "LastTokenLogSumExp": 1, "LastTokenAttention": 1}),
         (GUIDED, "vision", {"RowLogSumExp": 1, "MaskedColumnMean": 1}),
-        (GUIDED, "language", {"KeepTop": 2, "GatherTokens": 2, "LastTokenAttention": 2}),
+        (GUIDED, "language", {"KeepTop": 2, "GatherTokens": 2, "LastTokenLogSumExp": 2, "LastTokenAttention": 2}),
     ],
 )
 def test_pruning_is_nodes_with_function_bodies(engines: dict[str, Engine], name: str, graph: str, ops: dict[str, int]) -> None:

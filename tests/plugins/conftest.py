@@ -30,8 +30,8 @@ import onnx
 from vflow.plugins.compile import Kernel, compile_plugins, graph_kernels
 from vflow.plugins.entropy_kernels import PATCH_ENTROPY
 folder, precision = sys.argv[1:]
-kernels = graph_kernels([onnx.load_model_from_string(sys.stdin.buffer.read())], precision)
-compile_plugins(Path(folder), [*kernels, Kernel(PATCH_ENTROPY, {"K": 1176}, precision)])  # the one that no graph holds
+compile_plugins(Path(folder), graph_kernels([onnx.load_model_from_string(sys.stdin.buffer.read())], precision))
+compile_plugins(Path(folder + "-entropy"), [Kernel(PATCH_ENTROPY, {"K": 1176}, precision)])  # the one that no graph holds
 """
 
 
@@ -61,6 +61,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, compiler_environment: dic
         errors = process.stderr.read().decode()
         assert process.wait() == 0, f"{precision}: {errors}"
     return folders
+
+
+@pytest.fixture(scope="session")
+def compiled_entropy(compiled: dict[str, Path]) -> dict[str, Path]:
+    """Folders with the one kernel that no graph holds, by precision."""
+    return {precision: folder.with_name(f"{folder.name}-entropy") for precision, folder in compiled.items()}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

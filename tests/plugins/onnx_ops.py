@@ -19,9 +19,10 @@ OUTPUTS: dict[str, list[tuple[str | None, int]]] = {  # type (None: that of the 
     "MaskedColumnMean": [("float32", 2)],
     "KeepTop": [("int64", 1)],
     "KeepTopPerCell": [("int64", 1)] * 4,
-    "GroupTokens": [("int64", 1)],
+    "GroupTokens": [("int64", 1)] * 2,
     "MergeTokens": [(None, 2), ("float32", 1)],
     "GatherTokens": [(None, 3), (None, 3), (None, 3), ("float32", 1)],
+    "LastTokenLogSumExp": [("float32", 2)],
     "LastTokenAttention": [("float32", 1)],
 }
 TYPES = {

@@ -305,12 +305,19 @@ def _reduce_warp(parts: list[str], operands: Sequence[str]) -> Step:
 
 def _shuffle(parts: list[str], operands: Sequence[str]) -> Step:
     """A lane takes its partner's value, or keeps its own where there is no partner. Warps are not divided into smaller segments."""
-    mode, distance, limit, lane = parts[2], int(operands[2]), int(operands[3]), np.arange(WARP)
+    mode, limit, lane = parts[2], int(operands[3]), np.arange(WARP)
     if (mode, limit) not in {("up", 0), ("bfly", 31), ("idx", 31)} or operands[4] != "-1":
         raise ValueError(operands)
-    partner = {"up": np.where(lane >= distance, lane - distance, lane), "bfly": lane ^ distance, "idx": np.full(WARP, distance)}[mode]
-    source = _source(operands[1], "u4")
-    return lambda block, mask: block.write(operands[0], source(block).reshape(-1, WARP)[:, partner].reshape(-1), mask)
+    partners: dict[str, Callable[[Array], Array]] = {
+        "up": lambda by: np.where(lane >= by, lane - by, lane), "bfly": lambda by: lane ^ by, "idx": lambda by: by & 31,
+    }  # fmt: skip
+    source, distance, partner = _source(operands[1], "u4"), _source(operands[2], "i4"), partners[mode]
+
+    def step(block: Block, mask: Array | None) -> None:
+        values = np.take_along_axis(source(block).reshape(-1, WARP), partner(distance(block).reshape(-1, WARP)), 1)
+        block.write(operands[0], values.reshape(-1), mask)
+
+    return step
 
 
 def _unpack(parts: list[str], operands: Sequence[str]) -> Step:
@@ -366,6 +373,11 @@ def _wide(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array],
     return lambda a, b: function(a.astype(f"{a.dtype.kind}8"), b.astype(f"{b.dtype.kind}8"))
 
 
+def _upper_half(left: Array, right: Array) -> Array:
+    """mul.hi: products of twice as many bits, in Python's integers."""
+    return (left.astype(object) * right.astype(object) >> 8 * left.dtype.itemsize).astype(left.dtype)
+
+
 def _permute(first: Array, second: Array, selector: Array) -> Array:
     """prmt: four bytes out of eight."""
     both = np.ascontiguousarray(np.stack([first, second], 1)).view(np.uint8)
@@ -378,7 +390,7 @@ def _permute(first: Array, second: Array, selector: Array) -> Array:
 INTEGER: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "neg": np.negative, "mov": np.array, "popc": np.bitwise_count,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "prmt": _permute,
-    "mul.lo": np.multiply, "mul.wide": _wide(np.multiply), "mul.hi": _wide(lambda a, b: a * b >> 32), "mad.lo": lambda a, b, c: a * b + c,
+    "mul.lo": np.multiply, "mul.wide": _wide(np.multiply), "mul.hi": _upper_half, "mad.lo": lambda a, b, c: a * b + c,
 }  # fmt: skip
 FLOAT: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "min": np.fmin, "max": np.fmax, "neg": np.negative, "mov": np.array, "mul": np.multiply,

@@ -104,9 +104,9 @@ def test_what_is_merged_goes_to_one_representative_of_its_cell(case: Case) -> No
 def test_tokens_are_grouped_by_survivor_in_both_forms(case: Case) -> None:
     index, slot, members = keep_top_per_cell(*case)
     groups = [[i for i, place in enumerate(slot.tolist()) if place == survivor] for survivor in (*range(case[3]), -1)]
-    expected = [token for group in groups for token in group]
-    assert group_tokens(index, slot, members).tolist() == expected
-    assert run_op("GroupTokens", index, slot, members)[0].tolist() == expected
+    expected = [token for group in groups for token in group], [sum(map(len, groups[:survivor])) for survivor in range(case[3])]
+    assert tuple(x.tolist() for x in group_tokens(index, slot, members)) == expected
+    assert tuple(x.tolist() for x in run_op("GroupTokens", index, slot, members)) == expected
 
 
 def test_members_of_a_cell_without_surviving_representative_are_dropped() -> None:
@@ -145,7 +145,7 @@ def test_keep_1024_changes_nothing_bit_for_bit(case: Case) -> None:
     count = keep_count(tokens, 1024)
     features = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(0)).half()
     index, slot, members = keep_top_per_cell(importance, cell, cells, count)
-    merged, summed = merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))
+    merged, summed = merge_tokens(features, importance, index, slot, members, *group_tokens(index, slot, members))
     assert torch.equal(index, torch.arange(tokens))
     assert torch.equal(slot, torch.arange(tokens))
     assert torch.equal(merged, features)
@@ -161,7 +161,7 @@ def test_merged_features_are_the_weighted_means_of_the_definition(case: Case, wi
     importance, cell, cells, count = case
     index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     features = torch.randn(len(importance), width, generator=torch.Generator().manual_seed(1))
-    merged, summed = merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))
+    merged, summed = merge_tokens(features, importance, index, slot, members, *group_tokens(index, slot, members))
     for place, survivor in enumerate(index.tolist()):
         group = [i for i in range(len(slot)) if slot[i] == place]
         weights = [max(float(importance[i]), 0.0) + WEIGHT_FLOOR for i in group]
@@ -179,8 +179,8 @@ def test_function_body_merges_the_same(dtype: torch.dtype, tolerance: float, cas
     importance, cell, cells, count = case
     index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     features = torch.randn(len(importance), 4, generator=torch.Generator().manual_seed(2)).to(dtype)
-    merged, summed = merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))
-    actual = run_op("MergeTokens", features, importance, index, slot, members, group_tokens(index, slot, members), floor=WEIGHT_FLOOR)
+    merged, summed = merge_tokens(features, importance, index, slot, members, *group_tokens(index, slot, members))
+    actual = run_op("MergeTokens", features, importance, index, slot, members, *group_tokens(index, slot, members), floor=WEIGHT_FLOOR)
     assert actual[0].dtype == features.numpy().dtype
     np.testing.assert_allclose(actual[0].astype(float), merged.double(), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(actual[1], summed, rtol=1e-6, atol=1e-6)
@@ -192,7 +192,7 @@ def test_a_cell_of_zero_or_negative_importance_still_has_a_mean() -> None:
     features = torch.tensor([[1.0], [3.0], [8.0]])
     importance = torch.tensor([0.0, -2.0, -5.0])
     index, slot, members = keep_top_per_cell(importance, torch.zeros(3, dtype=torch.long), torch.arange(1), 1)
-    merged, _ = merge_tokens(features, importance, index, slot, members, group_tokens(index, slot, members))
+    merged, _ = merge_tokens(features, importance, index, slot, members, *group_tokens(index, slot, members))
     assert merged.tolist() == [[4.0]]
 
 

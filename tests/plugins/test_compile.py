@@ -19,7 +19,7 @@ from vflow.plugins.contract import PRECISIONS, Contract, ContractError, evaluate
 from vflow.plugins.driver import DriverError, DriverKernel
 
 OPS = {
-    "RowLogSumExp", "MaskedColumnMean", "PatchEntropy", "KeepTop", "KeepTopPerCell", "GroupTokens", "MergeTokens", "GatherTokens",
+    "RowLogSumExp", "MaskedColumnMean", "KeepTop", "KeepTopPerCell", "GroupTokens", "MergeTokens", "GatherTokens", "LastTokenLogSumExp",
     "LastTokenAttention",
 }  # fmt: skip
 SUFFIXES = {"9.0": "a", "10.0": "a", "12.0": "a"}  # code for one architecture only
@@ -30,9 +30,10 @@ def contracts(compiled: dict[str, Path], precision: str) -> list[tuple[Contract,
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_op_is_compiled_for_every_target(compiled: dict[str, Path], precision: str) -> None:
+def test_every_op_is_compiled_for_every_target(compiled: dict[str, Path], compiled_entropy: dict[str, Path], precision: str) -> None:
     found = {(contract.op, contract.target) for contract, _ in contracts(compiled, precision)}
     assert found == {(op, target) for op in OPS for target in TARGETS}
+    assert {contract.target for contract in read_contracts(compiled_entropy[precision])} == set(TARGETS)
     files = {file.name for file in compiled[precision].iterdir()}
     listed = {name for contract, _ in contracts(compiled, precision) for name in (contract.ptx, contract.cubin)}
     assert files == listed | {MANIFEST_FILE}

@@ -20,7 +20,7 @@ from vflow.plugins.compile import read_contracts
 from vflow.plugins.contract import PRECISIONS, Contract, Launch
 from vflow.plugins.driver import DriverKernel
 from vflow.plugins.entropy import patch_entropy
-from vflow.plugins.guidance import last_token_attention
+from vflow.plugins.guidance import KEY_BLOCK
 from vflow.plugins.importance import row_log_sum_exp
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -76,7 +76,7 @@ def selection(contract: Contract, normal: Normal) -> Case:
     *selected, home = torch.ops.vflow.keep_top_per_cell(importance, cell, cells, length)
     if contract.op == "KeepTopPerCell":
         return [importance, cell, cells, length], [*selected, home], EXACT
-    return selected, [group_tokens(*selected)], EXACT
+    return selected, list(group_tokens(*selected)), EXACT
 
 
 def merging(contract: Contract, normal: Normal) -> Case:
@@ -88,7 +88,7 @@ def merging(contract: Contract, normal: Normal) -> Case:
     slot[300:350] = torch.arange(50) + 20
     index, members = torch.arange(survivors), torch.bincount(slot[slot >= 0], minlength=survivors)
     features, importance = normal(tokens, contract.static["F"]), torch.rand(tokens) - 0.2
-    given = [features, importance, index, slot, members, group_tokens(index, slot, members)]
+    given = [features, importance, index, slot, members, *group_tokens(index, slot, members)]
     return given, list(merge_tokens(*given)), {"atol": ROUNDING[contract.precision], "rtol": ROUNDING[contract.precision]}
 
 
@@ -100,8 +100,13 @@ def gathering(contract: Contract, normal: Normal) -> Case:
 
 def guidance(contract: Contract, normal: Normal) -> Case:
     heads, key_heads, width = (contract.static[name] for name in ("H", "KV", "D"))
-    query, key, visual = normal(heads, width) * 2, normal(key_heads, 150, width), torch.rand(150) < 0.8
-    return [query, key, visual], [last_token_attention(query, key, visual, scale=contract.attributes["scale"])], SCORES
+    length, scale = 3 * KEY_BLOCK + 22, contract.attributes["scale"]
+    query, key, visual = normal(heads, width) * 2, normal(key_heads, length, width), torch.rand(length) < 0.8
+    visual[KEY_BLOCK : 2 * KEY_BLOCK] = False
+    block_lse = torch.ops.vflow.last_token_log_sum_exp(query, key, visual, scale)
+    if contract.op == "LastTokenLogSumExp":
+        return [query, key, visual], [block_lse], SCORES
+    return [query, key, visual, block_lse], [torch.ops.vflow.last_token_attention(query, key, visual, block_lse, scale)], SCORES
 
 
 def entropy(contract: Contract, normal: Normal) -> Case:
@@ -113,17 +118,21 @@ def entropy(contract: Contract, normal: Normal) -> Case:
 
 CASES: dict[str, Callable[[Contract, Normal], Case]] = {
     "RowLogSumExp": scoring, "MaskedColumnMean": scoring, "PatchEntropy": entropy, "KeepTop": selection, "KeepTopPerCell": selection,
-    "GroupTokens": selection, "MergeTokens": merging, "GatherTokens": gathering, "LastTokenAttention": guidance,
+    "GroupTokens": selection, "MergeTokens": merging, "GatherTokens": gathering, "LastTokenLogSumExp": guidance,
+    "LastTokenAttention": guidance,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("op", "precision"), [(op, p) for op in CASES for p in PRECISIONS if p == "fp32" or CASES[op] is not selection])
-def test_emitted_kernels_compute_what_the_references_do(compiled: dict[str, Path], op: str, precision: str) -> None:
+def test_emitted_kernels_compute_what_the_references_do(
+    compiled: dict[str, Path], compiled_entropy: dict[str, Path], op: str, precision: str
+) -> None:
     """Targets with the same instructions are run once."""
+    folder = (compiled_entropy if op == "PatchEntropy" else compiled)[precision]
     programs: dict[str, Contract] = {}
-    for contract in read_contracts(compiled[precision]):
+    for contract in read_contracts(folder):
         if contract.op == op:
-            ptx = (compiled[precision] / contract.ptx).read_text()
+            ptx = (folder / contract.ptx).read_text()
             if "tcgen05" in ptx:
                 assert (contract.target, contract.op in ("RowLogSumExp", "MaskedColumnMean")) == ("10.0", True)
             else:
@@ -132,12 +141,12 @@ def test_emitted_kernels_compute_what_the_references_do(compiled: dict[str, Path
     for contract in programs.values():
         torch.manual_seed(1)
         inputs, expected, tolerance = CASES[op](contract, partial(normal, contract))
-        actual = EmulatedKernel(contract, compiled[precision])(*inputs)
+        actual = EmulatedKernel(contract, folder)(*inputs)
         for output, reference in zip(actual, expected, strict=True):
             torch.testing.assert_close(output, reference, **tolerance, msg=lambda text, name=contract.ptx: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("op", ["RowLogSumExp", "KeepTopPerCell", "GroupTokens", "MergeTokens", "LastTokenAttention"])
+@pytest.mark.parametrize("op", ["RowLogSumExp", "KeepTopPerCell", "GroupTokens", "MergeTokens", "LastTokenAttention", "LastTokenLogSumExp"])
 def test_kernels_without_their_barriers_are_refused(compiled: dict[str, Path], tmp_path: Path, op: str) -> None:
     contract = next(c for c in read_contracts(compiled["fp16"]) if (c.op, c.target, c.precision) == (op, "8.0", "fp16"))
     ptx = (compiled["fp16"] / contract.ptx).read_text()

@@ -43,6 +43,11 @@ def length(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int32)
 
 
+def check_grouping(index: torch.Tensor, slot: torch.Tensor, members: torch.Tensor) -> None:
+    for actual, expected in zip(launch(GROUP_TOKENS, [index, slot, members]), group_tokens(index, slot, members), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @given(selections())
 @EXAMPLES
 def test_survivors_are_the_same_bit_for_bit_in_reference_function_and_kernel(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]) -> None:
@@ -54,9 +59,9 @@ def test_survivors_are_the_same_bit_for_bit_in_reference_function_and_kernel(cas
         assert torch.equal(by_kernel, reference)
         np.testing.assert_array_equal(by_function, reference)
     selected = expected[:3]
-    order = group_tokens(*selected)
-    assert torch.equal(launch(GROUP_TOKENS, selected)[0], order)
-    np.testing.assert_array_equal(run_op("GroupTokens", *selected)[0], order)
+    check_grouping(*selected)
+    for by_function, reference in zip(run_op("GroupTokens", *selected), group_tokens(*selected), strict=True):
+        np.testing.assert_array_equal(by_function, reference)
 
 
 @given(st.data())
@@ -81,7 +86,7 @@ def test_selection_runs_over_several_tiles(tokens: int) -> None:
         *selected, home = torch.ops.vflow.keep_top_per_cell(importance, cell, cells, length(count))
         for actual, expected in zip(launch(KEEP_TOP_PER_CELL, [importance, cell, cells, length(count)]), (*selected, home), strict=True):
             assert torch.equal(actual, expected)
-        assert torch.equal(launch(GROUP_TOKENS, selected)[0], group_tokens(*selected))
+        check_grouping(*selected)
 
 
 @given(selections(), st.integers(1, 50), st.sampled_from(DTYPES), st.booleans())
@@ -92,8 +97,8 @@ def test_merged_features(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, i
     index, slot, members = keep_top_per_cell(importance, cell, cells, count)
     features = torch.randn(len(importance), width, generator=torch.Generator().manual_seed(width)).to(dtype)
     features = features.t().contiguous().t() if strided else features
-    order = group_tokens(index, slot, members)
-    merged, summed = launch(MERGE_TOKENS, [features, importance, index, slot, members, order], floor=WEIGHT_FLOOR)
+    given = [features, importance, index, slot, members, *group_tokens(index, slot, members)]
+    merged, summed = launch(MERGE_TOKENS, given, floor=WEIGHT_FLOOR)
     weight = importance.double().clamp(min=0).numpy() + WEIGHT_FLOOR
     belongs = slot.numpy()[None, :] == np.arange(count)[:, None]
     shares = belongs * weight
@@ -109,9 +114,8 @@ def check_merging(features: torch.Tensor, importance: torch.Tensor, slot: torch.
     survivors = int(slot.max()) + 1
     index = torch.stack([(slot == survivor).nonzero()[0, 0] for survivor in range(survivors)])
     members = torch.bincount(slot[slot >= 0], minlength=survivors)
-    order = group_tokens(index, slot, members)
-    assert torch.equal(launch(GROUP_TOKENS, [index, slot, members])[0], order)
-    given = [features, importance, index, slot, members, order]
+    check_grouping(index, slot, members)
+    given = [features, importance, index, slot, members, *group_tokens(index, slot, members)]
     for actual, expected in zip(launch(MERGE_TOKENS, given, floor=WEIGHT_FLOOR), merge_tokens(*given), strict=True):
         torch.testing.assert_close(actual, expected)
 
@@ -124,12 +128,17 @@ def test_groups_of_many_tokens_and_tokens_of_no_group() -> None:
     check_merging(torch.randn(2500, 33), torch.linspace(1, 2, 2500), slot)
 
 
-def test_more_groups_than_programs_for_them() -> None:
+def test_more_large_groups_than_programs_for_them() -> None:
     """Some programs have several, with survivors that are alone between them; more survivors than are searched at once."""
-    rng = np.random.default_rng(0)
-    slot = torch.tensor(np.concatenate([np.arange(2100), rng.permutation(2100)[:400]]))
-    check_merging(torch.randn(2500, 5), torch.tensor(rng.random(2500), dtype=torch.float32), slot)
-    check_merging(torch.randn(300, 5), torch.rand(300), torch.arange(300) % 100)
+    large = torch.arange(40) * 30
+    slot = torch.cat([torch.arange(1201), large.repeat(35)])
+    check_merging(torch.randn(len(slot), 5), torch.rand(len(slot)), slot)
+
+
+def test_groups_of_every_size_up_to_large_ones() -> None:
+    """All sizes about those at which the way of merging changes, beside each other; sums repeat bit for bit."""
+    slot = torch.cat([torch.arange(40), *(torch.arange(size, 40) for size in range(1, 40))])
+    check_merging(torch.randn(len(slot), 5), torch.rand(len(slot)), slot[torch.randperm(len(slot))].sort().values)
 
 
 @given(

@@ -11,7 +11,8 @@ from kernel_errors import check
 from vflow.plugins.contract import ContractError
 from vflow.plugins.entropy import patch_entropy
 from vflow.plugins.entropy_kernels import PATCH_ENTROPY
-from vflow.plugins.guidance_kernels import LAST_TOKEN_ATTENTION
+from vflow.plugins.guidance import KEY_BLOCK
+from vflow.plugins.guidance_kernels import LAST_TOKEN_ATTENTION, LAST_TOKEN_LOG_SUM_EXP
 from vflow.plugins.importance import masked_column_mean, row_log_sum_exp
 from vflow.plugins.importance_kernels import MASKED_COLUMN_MEAN, ROW_LOG_SUM_EXP
 from vflow.plugins.launch import launch
@@ -106,11 +107,16 @@ def test_last_token_attention(kv_heads: int, share: int, visual: list[bool], wid
     query = torch.tensor(rng.normal(size=(kv_heads * share, width)) * 2).to(dtype)
     key = torch.tensor(rng.normal(size=(kv_heads, len(visual), width)) * 2).to(dtype)
     is_visual = np.array(visual)
-    (actual,) = launch(LAST_TOKEN_ATTENTION, [query, key, torch.tensor(visual)], scale=scale)
+    given = [query, key, torch.tensor(visual)]
+    (block_lse,) = launch(LAST_TOKEN_LOG_SUM_EXP, given, scale=scale)
+    (actual,) = launch(LAST_TOKEN_ATTENTION, [*given, block_lse], scale=scale)
     expected = np.zeros(len(visual))
     if is_visual.any():
-        shown, _ = attention(query[:, None], key[:, torch.tensor(visual)].repeat_interleave(share, 0), scale)
+        shown, lse = attention(query[:, None], key[:, torch.tensor(visual)].repeat_interleave(share, 0), scale)
         expected[is_visual] = shown[:, 0].mean(0)
+        check(f"LastTokenLogSumExp {dtype}", torch.logsumexp(block_lse.double(), 1), lse[:, 0], tolerance=TOLERANCE, floor=1.0)
+    blocks = [is_visual[start : start + KEY_BLOCK].any() for start in range(0, len(visual), KEY_BLOCK)]
+    assert (block_lse > -1e29).tolist() == [blocks] * len(query)
     check(f"LastTokenAttention {dtype}", actual, expected, tolerance=TOLERANCE, floor=FLOOR)
 
 

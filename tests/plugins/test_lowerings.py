@@ -39,20 +39,23 @@ OPS: dict[str, Signature] = {  # inputs and outputs (type, shape), attributes
         [("float32", ["N"]), ("int64", ["N"]), ("int64", ["C"]), ("int32", ["M"])],
         [("int64", ["M"]), ("int64", ["N"]), ("int64", ["M"]), ("int64", ["C"])], {},
     ),
-    "GroupTokens": ([("int64", ["M"]), ("int64", ["N"]), ("int64", ["M"])], [("int64", ["N"])], {}),
+    "GroupTokens": ([("int64", ["M"]), ("int64", ["N"]), ("int64", ["M"])], [("int64", ["N"]), ("int64", ["M"])], {}),
     "MergeTokens": (
-        [(T, ["N", 32]), ("float32", ["N"]), ("int64", ["M"]), ("int64", ["N"]), ("int64", ["M"]), ("int64", ["N"])],
+        [(T, ["N", 32]), ("float32", ["N"]), *(("int64", [size]) for size in ("M", "N", "M", "N", "M"))],
         [(T, ["M", 32]), ("float32", ["M"])], {"floor": FLOOR},
     ),
     "GatherTokens": (
         [(T, ["B", "S", 32]), (T, ["B", "S", 4]), (T, ["B", "S", 4]), ("float32", ["S"]), ("int64", ["M"])],
         [(T, ["B", "M", 32]), (T, ["B", "M", 4]), (T, ["B", "M", 4]), ("float32", ["M"])], {},
     ),
-    "LastTokenAttention": ([(T, [4, 16]), (T, [2, "S", 16]), ("bool", ["S"])], [("float32", ["S"])], {"scale": SCALE}),
+    "LastTokenLogSumExp": ([(T, [4, 16]), (T, [2, "S", 16]), ("bool", ["S"])], [("float32", [4, "B"])], {"scale": SCALE}),
+    "LastTokenAttention": (
+        [(T, [4, 16]), (T, [2, "S", 16]), ("bool", ["S"]), ("float32", [4, "B"])], [("float32", ["S"])], {"scale": SCALE},
+    ),
 }  # fmt: skip
 
 
-UNREAD = {"GroupTokens": ("index", "members"), "MergeTokens": ("order",)}  # by the body: index for its length alone, the others are for kernels
+UNREAD = {"GroupTokens": ("index",), "MergeTokens": ("order", "start")}  # by the body: index for its length alone, the others are for kernels
 
 
 def complaints(op: str, parsed: Parsed) -> list[str]:
@@ -157,7 +160,8 @@ def test_selection_by_comparison_keeps_the_same_survivors(case: tuple[torch.Tens
     *selected, home = torch.ops.vflow.keep_top_per_cell(importance, cell, cells, length(count))
     for by_comparison, expected in zip(actual, (*selected, home), strict=True):
         np.testing.assert_array_equal(by_comparison, expected)
-    np.testing.assert_array_equal(onnx_ops.run_body(other["GroupTokens"], *selected)[0], group_tokens(*selected))
+    for by_comparison, expected in zip(onnx_ops.run_body(other["GroupTokens"], *selected), group_tokens(*selected), strict=True):
+        np.testing.assert_array_equal(by_comparison, expected)
     np.testing.assert_array_equal(onnx_ops.run_body(other["KeepTop"], importance, length(count))[0], keep_top(importance, count))
 
 

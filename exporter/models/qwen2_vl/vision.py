@@ -197,11 +197,11 @@ class VisionGraph(nn.Module):
         else:
             cell, cells = _grid_cells(state.rows, state.columns, stage.cell, features.device)
             kept, slot, members = keep_top_per_cell(importance, cell[state.index], cells, count)
-            order = group_tokens(kept, slot, members)
-            wide, summed = merge_tokens(wide, importance, kept, slot, members, order)
+            groups = group_tokens(kept, slot, members)
+            wide, summed = merge_tokens(wide, importance, kept, slot, members, *groups)
             survivor_importance = importance[kept]
             if size is not None:
-                _, size = merge_tokens(size[:, None], size, kept, slot, members, order)  # the sum over each survivor's members
+                _, size = merge_tokens(size[:, None], size, kept, slot, members, *groups)  # the sum over each survivor's members
             elif self.schedule.proportional_attention:
                 size = members.float()
             if final and self.schedule.recycled_importance == "sum":
