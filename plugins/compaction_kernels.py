@@ -28,6 +28,20 @@ def _weights(score, there, FLOOR: tl.constexpr):
 
 
 @triton.jit
+def _find_large(members, survivors, wanted, SMALL: tl.constexpr, SEARCH_TILE: tl.constexpr):
+    """The survivor with the large group of this number, from 0; −1 where there are fewer."""
+    found = -1
+    seen = 0
+    for first in range(0, survivors, SEARCH_TILE):
+        candidate = first + tl.arange(0, SEARCH_TILE)
+        large = (tl.load(members + candidate, mask=candidate < survivors, other=0) > SMALL).to(tl.int32)
+        number = seen + tl.cumsum(large, 0) - 1
+        found = tl.maximum(found, tl.max(tl.where((large > 0) & (number == wanted), candidate, -1), 0))
+        seen += tl.sum(large, 0)
+    return found
+
+
+@triton.jit
 def _merge_large(
     features, importance, order, begin, size, survivor, merged, summed, column,
     F: tl.constexpr, FLOOR: tl.constexpr, TILE: tl.constexpr, ROW_TILE: tl.constexpr, STAGES: tl.constexpr,
@@ -103,18 +117,13 @@ def merge_tokens_kernel(
     wide_tiles: tl.constexpr = (F + WIDE_TILE - 1) // WIDE_TILE
     if program < LARGE * tiles:
         column = program % tiles * TILE + tl.arange(0, TILE)
-        wanted = program // tiles  # of the large groups, counted from 0
-        seen = 0
-        for first in range(0, survivors, SEARCH_TILE):
-            candidate = first + tl.arange(0, SEARCH_TILE)
-            large = (tl.load(members + candidate, mask=candidate < survivors, other=0) > SMALL).to(tl.int32)
-            number = seen + tl.cumsum(large, 0)
-            seen += tl.sum(large, 0)
-            while wanted < seen:
-                survivor = tl.sum(tl.where((large > 0) & (number == wanted + 1), candidate, 0), 0)
-                begin, size = tl.load(start + survivor), tl.load(members + survivor).to(tl.int32)
-                _merge_large(features, importance, order, begin, size, survivor, merged, summed, column, F, FLOOR, TILE, ROW_TILE, STAGES)
-                wanted += LARGE
+        wanted = program // tiles
+        survivor = _find_large(members, survivors, wanted, SMALL, SEARCH_TILE)
+        while survivor >= 0:
+            begin, size = tl.load(start + survivor), tl.load(members + survivor).to(tl.int32)
+            _merge_large(features, importance, order, begin, size, survivor, merged, summed, column, F, FLOOR, TILE, ROW_TILE, STAGES)
+            wanted += LARGE
+            survivor = _find_large(members, survivors, wanted, SMALL, SEARCH_TILE)
     else:
         rest = program - LARGE * tiles
         columns = rest % wide_tiles * WIDE_TILE + tl.arange(0, WIDE_TILE)
@@ -184,7 +193,6 @@ MERGE_TOKENS = KernelSpec(
     constants=_merge_constants,
     static=("F",),
     attributes=("floor",),
-    max_registers=128,  # as the compiler needs without spilling; 156 otherwise, and a block less on each multiprocessor
 )
 GATHER_TOKENS = KernelSpec(
     op="GatherTokens",

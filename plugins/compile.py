@@ -237,7 +237,7 @@ def _compile(spec: KernelSpec, constants: Mapping[str, Any], precision: str, tar
     names = spec.kernel.arg_names
     signature = {name: "constexpr" if name in given else types[name] for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name, kind in signature.items() if kind.startswith("*")}
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.max_registers, "ptx_version": TARGETS[target]}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "ptx_version": TARGETS[target]}
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
         source = ASTSource(spec.kernel, signature, given, aligned)

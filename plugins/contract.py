@@ -58,7 +58,6 @@ class KernelSpec:
     attributes: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
-    max_registers: int | None = None  # of a thread
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,5 @@ def launch(spec: KernelSpec, inputs: Sequence[Tensor | None], **attributes: floa
     arguments: list[Any] = [None if tensor is None else tensor.contiguous() for tensor in inputs]
     sizes = [evaluate(size, symbols) for size in spec.sizes.values()]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # kernels go to the current device
-        options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.max_registers}
-        spec.kernel[tuple(grid)](*arguments, *sizes, *outputs, **constants, **options)
+        spec.kernel[tuple(grid)](*arguments, *sizes, *outputs, **constants, num_warps=spec.num_warps, num_stages=spec.num_stages)
     return outputs
