@@ -15,10 +15,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from triton_process import SLOW_TOKENS
 from vflow.engines import Engine, kv_segments, open_engine, write_engine_directory
 from vflow.engines.directory import CHECKSUM, checksum
+from vflow.engines.triton_server.settings import Settings
 from vflow.exporter.schedule import Schedule, Stage
 from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
+from vflow.exporter.triton_repository import REPOSITORY_FOLDER, write_model
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|box_start|>")
 PATCH_SIZE, MERGE_SIZE, TEMPORAL = 4, 2, 2
@@ -253,6 +256,14 @@ def make_standin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 def standin(make_standin: Callable[..., Path]) -> Engine:
     """One stand-in engine for tests that change nothing in it."""
     return open_engine(make_standin())
+
+
+@pytest.fixture(scope="session")
+def slow_engine(make_standin: Callable[..., Path]) -> Engine:
+    """The Triton model "slow" beside its engine: one slot, a queue of one, long answers."""
+    folder = make_standin(max_text_tokens=SLOW_TOKENS)
+    write_model(folder / REPOSITORY_FOLDER, "slow", Settings("../..", slots=1, queue_limit=1, threads=1))
+    return open_engine(folder)
 
 
 @pytest.fixture

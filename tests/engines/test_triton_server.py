@@ -6,12 +6,8 @@ import base64
 import http.client
 import io
 import json
-import os
 import re
-import signal
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,22 +21,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support import DECODER_STAGES, picture
-from triton_process import PATIENCE, Answer, TritonProcess, tensors, why_missing
+from triton_process import ENDLESS, PATIENCE, SLOW_TOKENS, Answer, TritonProcess, tensors, why_missing
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
-from vflow.engines import Engine, SamplingParams, Session, open_engine
-from vflow.engines.graphs import BuiltEngine, Profile
+from vflow.engines import Engine, SamplingParams, Session
 from vflow.engines.triton_server.interface import INPUTS, OUTPUTS
-from vflow.engines.triton_server.model import STUCK_SECONDS
-from vflow.engines.triton_server.probe import why_dead
 from vflow.engines.triton_server.settings import Settings
-from vflow.exporter.triton_repository import REPOSITORY_FOLDER, repository_name, write_model, write_vision_model
+from vflow.exporter.triton_repository import REPOSITORY_FOLDER, repository_name, write_model
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=why_missing() or "")
 
 QUESTION = "how many objects are there ?"
-SLOW_TOKENS = 20_000  # of the stand-in in the model "slow": seconds of decoding, so that a test can do something meanwhile
-ENDLESS = "1 2 3"  # to which the stand-in goes on and on
 # The model "faulty": the product's, on a backend that fails for images of some sizes in visual tokens, each in its own place.
 FAULTY = """
 import numpy as np
@@ -92,14 +83,6 @@ def engine(build: Callable[..., Engine], random_checkpoint: Path) -> Engine:
 @pytest.fixture(scope="module")
 def session(engine: Engine) -> Session:
     return Session(engine, provider="cpu", threads=1)
-
-
-@pytest.fixture(scope="module")
-def slow_engine(make_standin: Callable[..., Path]) -> Engine:
-    """One slot, a queue of one, long answers."""
-    folder = make_standin(max_text_tokens=SLOW_TOKENS)
-    write_model(folder / REPOSITORY_FOLDER, "slow", Settings("../..", slots=1, queue_limit=1, threads=1))
-    return open_engine(folder)
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +428,7 @@ def test_requests_that_fail_leave_no_memory_no_threads_and_no_files_behind(serve
     assert after[1] <= before[1] and after[2] <= before[2]
 
 
-# --------------------------------------------------------------------------------------------- clients and servers that go
+# --------------------------------------------------------------------------------------------- clients that go
 
 
 def test_a_client_that_goes_frees_its_slot(server: TritonProcess) -> None:
@@ -483,79 +466,3 @@ def test_a_request_whose_time_is_over_says_so(server: TritonProcess) -> None:
     answer = server.ask("slow", tensors(prompt=ENDLESS, max_new_tokens=SLOW_TOKENS - 100, timeout=0.3))
     assert answer.error is not None and "not answered within 0.3 s" in answer.error and answer.pieces
     server.wait_for_gauge("requests_active", "slow", 0)
-
-
-def test_the_probe_sees_the_model_itself(slow_engine: Engine, tmp_path: Path) -> None:
-    with TritonProcess([slow_engine.path / REPOSITORY_FOLDER], tmp_path) as server:
-        url, (child,) = f"http://127.0.0.1:{server.http_port}", server.children()
-        long = tensors(prompt=ENDLESS, max_new_tokens=SLOW_TOKENS - 100)
-        assert why_dead(url, "slow") is None
-        assert "unknown model" in str(why_dead(url, "fast"))
-        with server.stream("slow", long) as responses:
-            next(responses)
-            with server.stream("slow", long):
-                server.wait_for_gauge("requests_queued", "slow", 1)
-                assert why_dead(url, "slow") is None, "busy is not dead"
-        os.kill(child, signal.SIGKILL)
-        assert "not healthy" in str(why_dead(url, "slow"))
-        assert server.ready, "what Triton itself says of a model whose process has died; if this fails, the probe is not needed any more"
-    assert "refused" in str(why_dead(url, "slow"))
-
-
-def test_the_vision_model_is_read_up_to_the_backend_that_this_server_lacks_and_the_other_loads_alone(slow_engine: Engine, tmp_path: Path) -> None:
-    graph, repository = slow_engine.vision, tmp_path / "repository"
-    vision = BuiltEngine(graph.file, "", "", graph.inputs, graph.outputs, (Profile("square", {}), Profile("tall", {})), 1, 1.0, None)
-    write_model(repository, "slow", Settings(str(slow_engine.path), slots=1, threads=1))
-    write_vision_model(repository, "slow", str(slow_engine.path), vision)
-    with TritonProcess([repository], tmp_path, options=["--model-control-mode=explicit", "--load-model=slow"]) as server:
-        assert server.ask("slow", tensors(prompt="hello", max_new_tokens=2)).error is None
-        status, said = server.get(server.http_port, "/v2/repository/models/slow-vision/load", b"{}")
-        assert status == 400 and "unable to find backend library for backend 'tensorrt'" in said
-
-
-STOPPING = "vflow: stopping; answers under way have 20 s"  # what the model writes into the log when it is told to stop
-
-
-def test_told_to_stop_it_ends_its_answers_first(slow_engine: Engine, tmp_path: Path) -> None:
-    expected = Session(slow_engine, provider="cpu", threads=1).generate(ENDLESS, max_new_tokens=1500)
-    with TritonProcess([slow_engine.path / REPOSITORY_FOLDER], tmp_path) as server:
-        with server.stream("slow", tensors(prompt=ENDLESS, max_new_tokens=1500)) as responses:
-            text = next(responses).as_numpy("text")[0].decode()
-            server.process.send_signal(signal.SIGTERM)
-            text += "".join(response.as_numpy("text")[0].decode() for response in responses)
-            assert text == expected.text
-            assert not server.ready
-        try:
-            code = server.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            assert STOPPING not in server.log.read_text(errors="replace")  # else it is our model that does not come to its end
-            pytest.xfail("the answer was whole, but Triton waits for the model without having told it to stop (triton-inference-server/server#8755)")
-        assert code == 0
-        assert STOPPING in server.log.read_text(errors="replace")
-
-
-def test_killed_under_load_it_starts_again(slow_engine: Engine, tmp_path: Path) -> None:
-    expected = Session(slow_engine, provider="cpu", threads=1).generate(ENDLESS, max_new_tokens=9)
-    for _ in range(2):
-        with TritonProcess([slow_engine.path / REPOSITORY_FOLDER], tmp_path) as server:
-            assert server.ask("slow", tensors(prompt=ENDLESS, max_new_tokens=9)).text == expected.text
-            with server.stream("slow", tensors(prompt=ENDLESS, max_new_tokens=SLOW_TOKENS - 100)) as responses:
-                next(responses)
-                server.process.kill()
-                with pytest.raises(InferenceServerException):
-                    list(responses)
-
-
-@pytest.mark.slow
-def test_the_model_does_not_outlive_a_killed_server(slow_engine: Engine, tmp_path: Path) -> None:
-    with TritonProcess([slow_engine.path / REPOSITORY_FOLDER], tmp_path) as server:
-        with server.stream("slow", tensors(prompt=ENDLESS, max_new_tokens=SLOW_TOKENS - 100)) as responses:
-            next(responses)
-            children = server.children()
-            server.process.kill()
-        assert children
-        server.process.wait(PATIENCE)
-        end = time.monotonic() + STUCK_SECONDS + PATIENCE
-        while any(Path(f"/proc/{child}").exists() for child in children):
-            assert time.monotonic() < end
-            time.sleep(0.2)

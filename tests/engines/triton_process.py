@@ -25,6 +25,8 @@ from vflow.engines.triton_server.interface import INPUTS
 
 ENVIRONMENT = Path(os.environ.get("VFLOW_TRITON_SERVER") or Path(sys.prefix) / "triton-server")
 PATIENCE = 30.0  # seconds that a test waits for what must happen; reached only where it is red
+SLOW_TOKENS = 20_000  # that the stand-in in the model "slow" writes: seconds of decoding, so that a test can do something meanwhile
+ENDLESS = "1 2 3"  # to which the stand-in goes on and on
 NUMPY_TYPES = {"BOOL": np.bool_, "FP64": np.float64, "INT64": np.int64, "UINT8": np.uint8}
 SPECS = {spec.name: spec for spec in INPUTS}
 
