@@ -3,19 +3,19 @@
 Stricter than a GPU, to find mistakes. Refused are accesses outside of an argument, or at an address that is no multiple of their width; accesses to
 one byte by two threads, of which one writes, without a barrier between them, or by two blocks at all; instructions for whole warps that a part of
 one never reaches; and every instruction that is not known. What nothing was written to is garbage. Asynchronous copies take place when they are
-waited for, no sooner. Not here: time, the rounding of approximate instructions, the fences between wgmma and other accesses, and the tensor
-memory of Blackwell (tcgen05).
+waited for, no sooner. Not here: time, the rounding of approximate instructions, and the fences between matrix units and other accesses.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from ptx_instructions import Step, compile_instruction
 from ptx_machine import GARBAGE, SHARED_BASE, WARP, Array, Block, EmulationError, Memory
+from ptx_tensor_memory import WAIT, compile_tensor_memory, must_wait, one_wait
 
 __all__ = ["EmulationError", "Kernel"]
 
@@ -25,13 +25,14 @@ IGNORED = ("fence",)
 
 
 class Instruction(NamedTuple):
-    """``step`` is what it does; without, it is a barrier, a return or a branch to ``target``."""
+    """``step`` is what it does; without, it is a barrier, a return or a branch to ``target``. ``holds`` says which threads must wait before."""
 
     text: str
     name: str
     guard: str
     step: Step | None
     target: str = ""
+    holds: Callable[[Block], Array] | None = None
 
 
 class Kernel:
@@ -49,8 +50,9 @@ class Kernel:
         self.threads = int(match.group(2))
         self._labels: dict[str, int] = {}
         self._program: list[Instruction] = []
-        for statement in match.group(3).replace("\n", " ").split(";"):
+        for statement in one_wait(match.group(3)).replace("\n", " ").split(";"):
             self._add(statement.strip())
+        self._holding = {place: instruction.holds for place, instruction in enumerate(self._program) if instruction.holds is not None}
         self._of_warp = np.array([".sync" in instruction.name for instruction in self._program])  # executed by whole warps
 
     def _add(self, statement: str) -> None:
@@ -67,8 +69,10 @@ class Kernel:
             self._program.append(Instruction(statement, name, guard, None, rest))
         elif name.partition(".")[0] not in IGNORED:
             operands = [operand.strip() for operand in re.split(r",(?![^{]*\})", rest)]
+            parts = name.replace("::", ":").split(".")
             try:
-                self._program.append(Instruction(statement, name, guard, compile_instruction(name, operands)))
+                step = (compile_tensor_memory if parts[0] in ("tcgen05", "mbarrier") else compile_instruction)(parts, operands)
+                self._program.append(Instruction(statement, name, guard, step, holds=must_wait(operands) if name == WAIT else None))
             except (KeyError, ValueError, IndexError):
                 raise EmulationError(f"not emulated: {statement}") from None
 
@@ -103,6 +107,9 @@ class Kernel:
             warps = block.places.reshape(-1, WARP)
             parted = np.repeat((warps != warps[:, :1]).any(1), WARP)
             ready = live & ~waiting & ~(parted & self._of_warp[np.minimum(block.places, end - 1)])
+            for place, holds in self._holding.items():
+                if (block.places == place).any():
+                    ready &= ~((block.places == place) & holds(block))
             if not ready.any():
                 place = int(block.places[live & ~waiting].min())
                 raise EmulationError(f"a part of a warp never comes (block {block.index}: {self._program[place].text})")
@@ -113,7 +120,9 @@ class Kernel:
         every, end = active.all(), len(self._program)
         place = int(block.places[active][0])
         while place < end:
-            text, name, guard, step, target = self._program[place]
+            text, name, guard, step, target, holds = self._program[place]
+            if holds is not None and (holds(block) & active).any():
+                break
             chosen = active & (block.read(guard.lstrip("!")) ^ guard.startswith("!")) if guard else active
             if step is not None:
                 if chosen.any():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ptx_machine import ATOMIC, MANY, SHARED_BASE, WARP, Array, Block, EmulationError, Memory, register_type
 
-__all__ = ["Step", "compile_instruction"]
+__all__ = ["Step", "compile_instruction", "half_floats", "read_address", "read_operand", "read_swizzled", "vector"]
 
 Step = Callable[[Block, Array | None], None]
 Source = Callable[[Block], Array]
@@ -25,13 +25,12 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
 }  # fmt: skip
 
 
-def compile_instruction(name: str, operands: Sequence[str]) -> Step:
-    """What ``name operands…;`` does.
+def compile_instruction(parts: list[str], operands: Sequence[str]) -> Step:
+    """What an instruction does, ``parts`` being its name without dots.
 
     Raises:
         KeyError, ValueError, IndexError: it is not emulated.
     """
-    parts = name.replace("::", ":").split(".")
     if parts[0] == "ld" and parts[1].startswith("param"):
         return _parameter(parts, operands)
     if parts[0] == "mov" and "{" in operands[0] + operands[1]:
@@ -39,7 +38,7 @@ def compile_instruction(name: str, operands: Sequence[str]) -> Step:
     return FORMS.get(parts[0], _arithmetic)(parts, operands)
 
 
-def _source(text: str, kind: str) -> Source:
+def read_operand(text: str, kind: str) -> Source:
     """How to read an operand as a NumPy type, one value a thread."""
     dtype = np.dtype(kind)
     if special := re.fullmatch(r"%(tid|ctaid)\.([xyz])", text):
@@ -64,17 +63,17 @@ def _literal(text: str) -> int:
     return int(text.rstrip("U"), 0)
 
 
-def _vector(text: str) -> list[str]:
+def vector(text: str) -> list[str]:
     return [part.strip() for part in text.strip("{} ").split(",")]
 
 
-def _address(text: str) -> Source:
+def read_address(text: str) -> Source:
     """``[register + offset]``."""
     match = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
     if match is None:
         raise ValueError(text)
     base, offset = match.group(1), int(match.group(2) or 0)
-    source = _source(base, "u8" if base.startswith("%rd") else "u4")
+    source = read_operand(base, "u8" if base.startswith("%rd") else "u4")
     return lambda block: source(block).astype(np.int64) + offset
 
 
@@ -88,9 +87,9 @@ def _parameter(parts: list[str], operands: Sequence[str]) -> Step:
 
 def _load(parts: list[str], operands: Sequence[str]) -> Step:
     _check_space(parts)
-    kind, registers = np.dtype(TYPES[parts[-1]]), _vector(operands[0])
+    kind, registers = np.dtype(TYPES[parts[-1]]), vector(operands[0])
     width = kind.itemsize * len(registers)
-    address = _address(operands[1])
+    address = read_address(operands[1])
 
     def step(block: Block, mask: Array | None) -> None:
         lanes = block.lanes(mask)
@@ -107,9 +106,9 @@ def _load(parts: list[str], operands: Sequence[str]) -> Step:
 def _store(parts: list[str], operands: Sequence[str]) -> Step:
     _check_space(parts)
     kind = TYPES[parts[-1]]
-    sources = [_source(register, kind) for register in _vector(operands[1])]
+    sources = [read_operand(register, kind) for register in vector(operands[1])]
     width = np.dtype(kind).itemsize * len(sources)
-    address = _address(operands[0])
+    address = read_address(operands[0])
 
     def step(block: Block, mask: Array | None) -> None:
         lanes = block.lanes(mask)
@@ -128,7 +127,7 @@ def _check_space(parts: list[str]) -> None:
 def _atomic(parts: list[str], operands: Sequence[str]) -> Step:
     """The old value, which ``atom`` returns, is left out: its register keeps garbage."""
     combine, kind = {"add": np.add, "max": np.maximum}[parts[-2]], np.dtype(TYPES[parts[-1]])
-    address, source = _address(operands[-2]), _source(operands[-1], TYPES[parts[-1]])
+    address, source = read_address(operands[-2]), read_operand(operands[-1], TYPES[parts[-1]])
 
     def step(block: Block, mask: Array | None) -> None:
         lanes = block.lanes(mask)
@@ -161,7 +160,7 @@ def _copy(parts: list[str], operands: Sequence[str]) -> Step:
 
         return wait
     width = int(operands[2], 0)
-    target, source, size = _address(operands[0]), _address(operands[1]), _source(operands[3] if len(operands) > 3 else operands[2], "u4")
+    target, source, size = read_address(operands[0]), read_address(operands[1]), read_operand(operands[3] if len(operands) > 3 else operands[2], "u4")
 
     def step(block: Block, mask: Array | None) -> None:
         lanes, sizes = block.lanes(mask), size(block)[block.lanes(mask)]
@@ -198,7 +197,7 @@ def _matrix_rows(block: Block, mask: Array | None, address: Source, number: int)
 
 def _load_matrix(parts: list[str], operands: Sequence[str]) -> Step:
     """8×8 matrices of 16-bit elements: threads 8i to 8i + 7 say where rows lie, thread l gets elements 2 (l % 4) and + 1 of row l / 4."""
-    registers, address = _vector(operands[0]), _address(operands[1])
+    registers, address = vector(operands[0]), read_address(operands[1])
     if parts[3] != "m8n8" or parts[5:] != ["shared", "b16"]:
         raise ValueError(parts)
 
@@ -213,7 +212,7 @@ def _load_matrix(parts: list[str], operands: Sequence[str]) -> Step:
 
 
 def _store_matrix(parts: list[str], operands: Sequence[str]) -> Step:
-    address, registers = _address(operands[0]), _vector(operands[1])
+    address, registers = read_address(operands[0]), vector(operands[1])
     if parts[3] != "m8n8" or parts[5:] != ["shared", "b16"]:
         raise ValueError(parts)
 
@@ -226,7 +225,7 @@ def _store_matrix(parts: list[str], operands: Sequence[str]) -> Step:
     return step
 
 
-def _half(bits: Array, kind: str) -> Array:
+def half_floats(bits: Array, kind: str) -> Array:
     """16 bits, of a float16 or bfloat16, as float32."""
     return bits.view(np.float16).astype(np.float32) if kind == "f16" else (bits.astype(np.uint32) << 16).view(np.float32)
 
@@ -236,15 +235,15 @@ def _multiply_fragments(parts: list[str], operands: Sequence[str]) -> Step:
     kind = parts[7]
     if parts[1:7] != ["sync", "aligned", "m16n8k16", "row", "col", "f32"] or kind not in ("f16", "bf16"):
         raise ValueError(parts)
-    results, left, right, added = (_vector(operand) for operand in operands)
-    sums = [_source(register, "f4") for register in added]
+    results, left, right, added = (vector(operand) for operand in operands)
+    sums = [read_operand(register, "f4") for register in added]
     group, member = np.arange(WARP) // 4, np.arange(WARP) % 4
 
     def step(block: Block, mask: Array | None) -> None:
         warps = block.threads // WARP
 
         def halves(register: str) -> Array:
-            return _half(block.read(register).view(np.uint16), kind).reshape(warps, WARP, 2)
+            return half_floats(block.read(register).view(np.uint16), kind).reshape(warps, WARP, 2)
 
         a, b, c = (np.zeros((warps, *shape), np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
         for half in (0, 1):
@@ -262,6 +261,16 @@ def _multiply_fragments(parts: list[str], operands: Sequence[str]) -> Step:
     return step
 
 
+def read_swizzled(block: Block, descriptor: int, rows: int, bits: int, *, waited_for: bool = False) -> Array:
+    """A matrix [rows, 16] of 16-bit elements in shared memory: rows of 2^bits pieces of 16 bytes, which are swapped by the number of the row."""
+    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4  # of 8 rows to the next
+    row = np.arange(rows)[:, None]
+    address = start + row // 8 * stride + row % 8 * (16 << bits) + np.array([0, 16])
+    address ^= (address >> 7 & (1 << bits) - 1) << 4
+    memory, places = block.memory(address.ravel(), 16)
+    return memory.load(places, np.full(len(places), MANY), block, waited_for=waited_for).view(np.uint16).reshape(rows, 16)
+
+
 def _multiply_shared(parts: list[str], operands: Sequence[str]) -> Step:
     """wgmma: D = A Bᵀ + D of four warps, A [64, 16] and B [N, 16] in swizzled shared memory. Done at once; fences and waiting do nothing."""
     if parts[1] != "mma_async":
@@ -270,17 +279,11 @@ def _multiply_shared(parts: list[str], operands: Sequence[str]) -> Step:
     kind = parts[6]
     if shape is None or parts[5] != "f32" or kind not in ("f16", "bf16") or list(operands[4:]) != ["1", "1", "0", "0"]:
         raise ValueError(parts)
-    results, left, right, adds = _vector(operands[0]), _source(operands[1], "u8"), _source(operands[2], "u8"), _source(operands[3], "?")
+    results, left, right, adds = vector(operands[0]), read_operand(operands[1], "u8"), read_operand(operands[2], "u8"), read_operand(operands[3], "?")
     size, lane = int(shape.group(1)), np.arange(WARP)
 
     def matrix(block: Block, descriptor: int, rows: int) -> Array:
-        start, stride, mode = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4, descriptor >> 62
-        bits = {1: 3, 2: 2, 3: 1}[mode]  # rows of 128, 64 or 32 bytes, whose pieces of 16 are swapped by the number of the row
-        row = np.arange(rows)[:, None]
-        address = start + row // 8 * stride + row % 8 * (16 << bits) + np.array([0, 16])
-        address ^= (address >> 7 & (1 << bits) - 1) << 4
-        memory, places = block.memory(address.ravel(), 16)
-        return _half(memory.load(places, np.full(len(places), MANY), block).view(np.uint16), kind).reshape(rows, 16)
+        return half_floats(read_swizzled(block, descriptor, rows, {1: 3, 2: 2, 3: 1}[descriptor >> 62]), kind)
 
     def step(block: Block, mask: Array | None) -> None:
         _all_threads(mask)
@@ -296,10 +299,21 @@ def _multiply_shared(parts: list[str], operands: Sequence[str]) -> Step:
     return step
 
 
+def _elect(parts: list[str], operands: Sequence[str]) -> Step:
+    """The first thread of a warp, and its number in all."""
+    leader, chosen = operands[0].split("|")
+
+    def step(block: Block, mask: Array | None) -> None:
+        block.write(leader, np.zeros(block.threads, np.uint32), mask)
+        block.write(chosen, block.thread % WARP == 0, mask)
+
+    return step
+
+
 def _reduce_warp(parts: list[str], operands: Sequence[str]) -> Step:
     kind = TYPES[parts[-1]]
     combine = {"add.s32": np.add, "max.s32": np.maximum, "max.f32": np.fmax}[".".join(parts[2:])]  # NaN counts only where there is nothing else
-    source = _source(operands[1], kind)
+    source = read_operand(operands[1], kind)
     return lambda block, mask: block.write(operands[0], np.repeat(combine.reduce(source(block).reshape(-1, WARP), 1, kind), WARP), mask)
 
 
@@ -311,7 +325,7 @@ def _shuffle(parts: list[str], operands: Sequence[str]) -> Step:
     partners: dict[str, Callable[[Array], Array]] = {
         "up": lambda by: np.where(lane >= by, lane - by, lane), "bfly": lambda by: lane ^ by, "idx": lambda by: by & 31,
     }  # fmt: skip
-    source, distance, partner = _source(operands[1], "u4"), _source(operands[2], "i4"), partners[mode]
+    source, distance, partner = read_operand(operands[1], "u4"), read_operand(operands[2], "i4"), partners[mode]
 
     def step(block: Block, mask: Array | None) -> None:
         values = np.take_along_axis(source(block).reshape(-1, WARP), partner(distance(block).reshape(-1, WARP)), 1)
@@ -322,8 +336,8 @@ def _shuffle(parts: list[str], operands: Sequence[str]) -> Step:
 
 def _unpack(parts: list[str], operands: Sequence[str]) -> Step:
     """mov from a register to several smaller ones."""
-    kind, registers = np.dtype(TYPES[parts[1]]), _vector(operands[0])
-    source = _source(operands[1], TYPES[parts[1]])
+    kind, registers = np.dtype(TYPES[parts[1]]), vector(operands[0])
+    source = read_operand(operands[1], TYPES[parts[1]])
 
     def step(block: Block, mask: Array | None) -> None:
         values = np.ascontiguousarray(source(block)).view(f"u{kind.itemsize // len(registers)}").reshape(block.threads, -1)
@@ -334,8 +348,8 @@ def _unpack(parts: list[str], operands: Sequence[str]) -> Step:
 
 
 def _pack(parts: list[str], operands: Sequence[str]) -> Step:
-    members, kind = _vector(operands[1]), np.dtype(TYPES[parts[1]])
-    sources = [_source(member, f"u{kind.itemsize // len(members)}") for member in members]
+    members, kind = vector(operands[1]), np.dtype(TYPES[parts[1]])
+    sources = [read_operand(member, f"u{kind.itemsize // len(members)}") for member in members]
     return lambda block, mask: block.write(operands[0], np.stack([source(block) for source in sources], 1).view(kind).reshape(-1), mask)
 
 
@@ -343,9 +357,9 @@ def _convert(parts: list[str], operands: Sequence[str]) -> Step:
     *rounding, to, of = parts[1:]
     target, given = operands[0], operands[1:]
     if of in ("f16", "bf16") and to == "f32":
-        bits = _source(given[0], "u2")
-        return lambda block, mask: block.write(target, _half(bits(block), of), mask)
-    sources = [_source(operand, TYPES[of]) for operand in given]
+        bits = read_operand(given[0], "u2")
+        return lambda block, mask: block.write(target, half_floats(bits(block), of), mask)
+    sources = [read_operand(operand, TYPES[of]) for operand in given]
     if to in ("f16", "bf16") and (rounding, of) == (["rn"], "f32"):
         return lambda block, mask: block.write(target, _to_half(sources[0](block), to).astype(np.uint16), mask)
     if to in ("f16x2", "bf16x2") and (rounding, of) == (["rn"], "f32"):  # the first operand is the upper half
@@ -403,9 +417,9 @@ def _arithmetic(parts: list[str], operands: Sequence[str]) -> Step:
     """One value a thread from one to three."""
     target, given, operation = operands[0], operands[1:], ".".join(parts[:-1])
     if parts[-1] == "f32x2":  # two in 64 bits
-        packed, function = [_source(operand, "u8") for operand in given], FLOAT[operation]
+        packed, function = [read_operand(operand, "u8") for operand in given], FLOAT[operation]
         return lambda block, mask: block.write(target, function(*(np.array(x(block)).view(np.float32) for x in packed)).view(np.uint64), mask)
-    sources = [_source(operand, TYPES[parts[-1]]) for operand in given]
+    sources = [read_operand(operand, TYPES[parts[-1]]) for operand in given]
     function, kind = (FLOAT if parts[-1] == "f32" else INTEGER)[operation], register_type(target)
 
     def step(block: Block, mask: Array | None) -> None:
@@ -416,18 +430,18 @@ def _arithmetic(parts: list[str], operands: Sequence[str]) -> Step:
 
 
 def _compare(parts: list[str], operands: Sequence[str]) -> Step:
-    compare, (left, right) = COMPARISONS[parts[1]], (_source(operand, TYPES[parts[2]]) for operand in operands[1:])
+    compare, (left, right) = COMPARISONS[parts[1]], (read_operand(operand, TYPES[parts[2]]) for operand in operands[1:])
     return lambda block, mask: block.write(operands[0], compare(left(block), right(block)), mask)
 
 
 def _select(parts: list[str], operands: Sequence[str]) -> Step:
-    (yes, no), choice = (_source(operand, TYPES[parts[1]]) for operand in operands[1:3]), _source(operands[3], "?")
+    (yes, no), choice = (read_operand(operand, TYPES[parts[1]]) for operand in operands[1:3]), read_operand(operands[3], "?")
     return lambda block, mask: block.write(operands[0], np.where(choice(block), yes(block), no(block)), mask)
 
 
 def _shift(parts: list[str], operands: Sequence[str]) -> Step:
     """By as many bits as there are, or more: nothing is left, or the sign."""
-    source, distance, left = _source(operands[1], TYPES[parts[1]]), _source(operands[2], "u4"), parts[0] == "shl"
+    source, distance, left = read_operand(operands[1], TYPES[parts[1]]), read_operand(operands[2], "u4"), parts[0] == "shl"
 
     def step(block: Block, mask: Array | None) -> None:
         value, by = source(block), distance(block)
@@ -441,7 +455,7 @@ def _shift(parts: list[str], operands: Sequence[str]) -> Step:
 
 def _extract_bits(parts: list[str], operands: Sequence[str]) -> Step:
     """bfe: ``length`` bits from ``first`` on, with their sign or without."""
-    source, first, length = _source(operands[1], "u4"), int(operands[2]), int(operands[3])
+    source, first, length = read_operand(operands[1], "u4"), int(operands[2]), int(operands[3])
     if parts[1] not in ("u32", "s32") or first + length > 32:
         raise ValueError(operands)
 
@@ -456,13 +470,13 @@ def _multiply_wide_add(parts: list[str], operands: Sequence[str]) -> Step:
     """mad: products of 32 bits in 64, or as many bits as the operands have."""
     if parts[1] == "lo":
         return _arithmetic(parts, operands)
-    (left, right), added = (_source(operand, TYPES[parts[2]]) for operand in operands[1:3]), _source(operands[3], "u8")
+    (left, right), added = (read_operand(operand, TYPES[parts[2]]) for operand in operands[1:3]), read_operand(operands[3], "u8")
     multiply = _wide(np.multiply)
     return lambda block, mask: block.write(operands[0], multiply(left(block), right(block)).view(np.uint64) + added(block), mask)
 
 
 FORMS: dict[str, Callable[[list[str], Sequence[str]], Step]] = {
     "ld": _load, "st": _store, "red": _atomic, "atom": _atomic, "cp": _copy, "ldmatrix": _load_matrix, "stmatrix": _store_matrix,
-    "mma": _multiply_fragments, "wgmma": _multiply_shared, "redux": _reduce_warp, "shfl": _shuffle, "cvt": _convert, "setp": _compare,
-    "selp": _select, "shl": _shift, "shr": _shift, "bfe": _extract_bits, "mad": _multiply_wide_add,
+    "mma": _multiply_fragments, "wgmma": _multiply_shared, "elect": _elect, "redux": _reduce_warp, "shfl": _shuffle, "cvt": _convert,
+    "setp": _compare, "selp": _select, "shl": _shift, "shr": _shift, "bfe": _extract_bits, "mad": _multiply_wide_add,
 }  # fmt: skip

@@ -38,10 +38,16 @@ class Memory:
         self._writer, self._reader, self._writer_block, self._reader_block = (np.full(len(data), NOBODY, np.int32) for _ in range(4))
         self._written, self._read = (np.full(len(data), -1, np.int64) for _ in range(2))  # barriers passed in all blocks until then
 
-    def load(self, places: Array, threads: Array, block: Block) -> Array:
-        """The bytes at ``places`` [accesses, bytes], read by ``threads`` [accesses]: uint8 of that shape."""
+    def load(self, places: Array, threads: Array, block: Block, *, waited_for: bool = False) -> Array:
+        """The bytes at ``places`` [accesses, bytes], read by ``threads`` [accesses]: uint8 of that shape.
+
+        ``waited_for``: whoever may write there afterwards has waited for this read.
+        """
         thread = np.broadcast_to(threads[:, None], places.shape)
         self._refuse(self._written_elsewhere(places, thread, block), places, "is read while another thread writes it")
+        if waited_for:
+            waited: Array = self.data[places]
+            return waited
         again = (self._read[places] == block.time) & (self._reader[places] != thread)
         self._reader[places] = np.where(again, MANY, thread)
         self._read[places] = block.time
@@ -91,6 +97,10 @@ class Block:
         self.barriers = 0
         self.copies: list[Callable[[], None]] = []  # asynchronous ones: asked for, and then in groups
         self.groups: list[list[Callable[[], None]]] = []
+        self.phases: dict[int, int] = {}  # completed, of barriers in memory, by address
+        self.tensor_memory = np.zeros((0, 0), np.uint32)  # [lanes, columns]
+        self.products: list[Callable[[], None]] = []  # asked for, and then committed to a barrier
+        self.committed: dict[int, list[Callable[[], None]]] = {}
         self._registers: dict[str, Array] = {}
 
     @property
