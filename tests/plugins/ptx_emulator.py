@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from ptx_instructions import Step, compile_instruction
+from ptx_instructions import compile_instruction
 from ptx_machine import GARBAGE, SHARED_BASE, WARP, Array, Block, EmulationError, Memory
+from ptx_operands import Step
 from ptx_tensor_memory import WAIT, compile_tensor_memory, must_wait, one_wait
 
 __all__ = ["EmulationError", "Kernel"]

@@ -1,25 +1,19 @@
-"""What the instructions of emulated PTX do. Names and meanings: "Parallel Thread Execution ISA", section 9; matrix fragments 9.7.14 and 9.7.15.
+"""What the instructions of emulated PTX do, but for matrices. Names and meanings: "Parallel Thread Execution ISA", section 9.
 
 ``compile_instruction`` turns one into a function of a block and a mask of its threads (None: all).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from ptx_machine import ATOMIC, MANY, SHARED_BASE, WARP, Array, Block, EmulationError, Memory, register_type
+from ptx_machine import ATOMIC, WARP, Array, Block, EmulationError, register_type
+from ptx_matrices import MATRIX_FORMS, half_floats
+from ptx_operands import TYPES, Step, all_threads, read_address, read_operand, vector
 
-__all__ = ["Step", "compile_instruction", "half_floats", "read_address", "read_operand", "read_swizzled", "vector"]
+__all__ = ["compile_instruction"]
 
-Step = Callable[[Block, Array | None], None]
-Source = Callable[[Block], Array]
-
-TYPES = {
-    "pred": "?", "b8": "u1", "b16": "u2", "u16": "u2", "s16": "i2", "b32": "u4", "u32": "u4", "s32": "i4", "b64": "u8", "u64": "u8", "s64": "i8",
-    "f32": "f4",
-}  # fmt: skip
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
@@ -36,45 +30,6 @@ def compile_instruction(parts: list[str], operands: Sequence[str]) -> Step:
     if parts[0] == "mov" and "{" in operands[0] + operands[1]:
         return _unpack(parts, operands) if operands[0].startswith("{") else _pack(parts, operands)
     return FORMS.get(parts[0], _arithmetic)(parts, operands)
-
-
-def read_operand(text: str, kind: str) -> Source:
-    """How to read an operand as a NumPy type, one value a thread."""
-    dtype = np.dtype(kind)
-    if special := re.fullmatch(r"%(tid|ctaid)\.([xyz])", text):
-        axis = "xyz".index(special.group(2))
-        if special.group(1) == "ctaid":
-            return lambda block: np.full(block.threads, block.index[axis], np.uint32).view(dtype)
-        return lambda block: block.thread.view(dtype) if axis == 0 else np.zeros(block.threads, dtype)
-    if text.startswith("%"):
-        if register_type(text).itemsize == dtype.itemsize:
-            return lambda block: block.read(text).view(dtype)
-        narrow = f"u{dtype.itemsize}"  # a store or a conversion may take the lower bits of a wider register
-        return lambda block: block.read(text).astype(narrow).view(dtype)
-    constant = np.array(_literal(text) & (1 << 8 * dtype.itemsize) - 1, f"u{dtype.itemsize}").view(dtype) if kind != "?" else np.array(text != "0")
-    return lambda block: np.broadcast_to(constant, block.threads)
-
-
-def _literal(text: str) -> int:
-    if text.startswith("0f"):  # the bits of a float32
-        return int(text[2:], 16)
-    if text.startswith("global_smem"):
-        return SHARED_BASE
-    return int(text.rstrip("U"), 0)
-
-
-def vector(text: str) -> list[str]:
-    return [part.strip() for part in text.strip("{} ").split(",")]
-
-
-def read_address(text: str) -> Source:
-    """``[register + offset]``."""
-    match = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
-    if match is None:
-        raise ValueError(text)
-    base, offset = match.group(1), int(match.group(2) or 0)
-    source = read_operand(base, "u8" if base.startswith("%rd") else "u4")
-    return lambda block: source(block).astype(np.int64) + offset
 
 
 def _parameter(parts: list[str], operands: Sequence[str]) -> Step:
@@ -144,7 +99,7 @@ def _copy(parts: list[str], operands: Sequence[str]) -> Step:
     if parts[2] == "commit_group":
 
         def commit(block: Block, mask: Array | None) -> None:
-            _all_threads(mask)
+            all_threads(mask)
             block.groups.append(block.copies)
             block.copies = []
 
@@ -153,7 +108,7 @@ def _copy(parts: list[str], operands: Sequence[str]) -> Step:
         remaining = int(operands[0])
 
         def wait(block: Block, mask: Array | None) -> None:
-            _all_threads(mask)
+            all_threads(mask)
             while len(block.groups) > remaining:
                 for copy in block.groups.pop(0):
                     copy()
@@ -179,122 +134,6 @@ def _copy(parts: list[str], operands: Sequence[str]) -> Step:
             shared.store(targets, values, lanes, block)
 
         block.copies.append(copy)
-
-    return step
-
-
-def _all_threads(mask: Array | None) -> None:
-    if mask is not None:
-        raise EmulationError("by a part of a block it is not emulated")
-
-
-def _matrix_rows(block: Block, mask: Array | None, address: Source, number: int) -> tuple[Memory, Array, Array]:
-    """Matrix ``number`` of each warp: its memory, the places of its 8 rows of 16 bytes [8 warps, 16], and the threads [warps, 32]."""
-    lanes = block.lanes(mask).reshape(-1, WARP)
-    memory, places = block.memory(address(block)[lanes[:, 8 * number : 8 * number + 8].ravel()], 16)
-    return memory, places, lanes
-
-
-def _load_matrix(parts: list[str], operands: Sequence[str]) -> Step:
-    """8×8 matrices of 16-bit elements: threads 8i to 8i + 7 say where rows lie, thread l gets elements 2 (l % 4) and + 1 of row l / 4."""
-    registers, address = vector(operands[0]), read_address(operands[1])
-    if parts[3] != "m8n8" or parts[5:] != ["shared", "b16"]:
-        raise ValueError(parts)
-
-    def step(block: Block, mask: Array | None) -> None:
-        for number, register in enumerate(registers):
-            memory, places, lanes = _matrix_rows(block, mask, address, number)
-            result = np.zeros(block.threads, np.uint32)
-            result[lanes] = memory.load(places, np.full(len(places), MANY), block).view(np.uint32).reshape(-1, WARP)
-            block.write(register, result, mask)
-
-    return step
-
-
-def _store_matrix(parts: list[str], operands: Sequence[str]) -> Step:
-    address, registers = read_address(operands[0]), vector(operands[1])
-    if parts[3] != "m8n8" or parts[5:] != ["shared", "b16"]:
-        raise ValueError(parts)
-
-    def step(block: Block, mask: Array | None) -> None:
-        for number, register in enumerate(registers):
-            memory, places, lanes = _matrix_rows(block, mask, address, number)
-            values = block.read(register)[lanes].reshape(-1, 1).view(np.uint8)
-            memory.store(places.reshape(-1, 4), values, lanes.ravel(), block)
-
-    return step
-
-
-def half_floats(bits: Array, kind: str) -> Array:
-    """16 bits, of a float16 or bfloat16, as float32."""
-    return bits.view(np.float16).astype(np.float32) if kind == "f16" else (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _multiply_fragments(parts: list[str], operands: Sequence[str]) -> Step:
-    """mma: D = A B + C of a warp, A [16, 16], B [16, 8], C and D [16, 8] in float32."""
-    kind = parts[7]
-    if parts[1:7] != ["sync", "aligned", "m16n8k16", "row", "col", "f32"] or kind not in ("f16", "bf16"):
-        raise ValueError(parts)
-    results, left, right, added = (vector(operand) for operand in operands)
-    sums = [read_operand(register, "f4") for register in added]
-    group, member = np.arange(WARP) // 4, np.arange(WARP) % 4
-
-    def step(block: Block, mask: Array | None) -> None:
-        warps = block.threads // WARP
-
-        def halves(register: str) -> Array:
-            return half_floats(block.read(register).view(np.uint16), kind).reshape(warps, WARP, 2)
-
-        a, b, c = (np.zeros((warps, *shape), np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
-        for half in (0, 1):
-            for number, register in enumerate(left):
-                a[:, group + 8 * (number % 2), 2 * member + half + 8 * (number // 2)] = halves(register)[:, :, half]
-            for number, register in enumerate(right):
-                b[:, 2 * member + half + 8 * number, group] = halves(register)[:, :, half]
-        places = [(group + 8 * (number // 2), 2 * member + number % 2) for number in range(4)]
-        for (row, column), value in zip(places, sums, strict=True):
-            c[:, row, column] = value(block).reshape(warps, WARP)
-        d = a @ b + c
-        for (row, column), register in zip(places, results, strict=True):
-            block.write(register, d[:, row, column].reshape(-1), mask)
-
-    return step
-
-
-def read_swizzled(block: Block, descriptor: int, rows: int, bits: int, *, waited_for: bool = False) -> Array:
-    """A matrix [rows, 16] of 16-bit elements in shared memory: rows of 2^bits pieces of 16 bytes, which are swapped by the number of the row."""
-    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4  # of 8 rows to the next
-    row = np.arange(rows)[:, None]
-    address = start + row // 8 * stride + row % 8 * (16 << bits) + np.array([0, 16])
-    address ^= (address >> 7 & (1 << bits) - 1) << 4
-    memory, places = block.memory(address.ravel(), 16)
-    return memory.load(places, np.full(len(places), MANY), block, waited_for=waited_for).view(np.uint16).reshape(rows, 16)
-
-
-def _multiply_shared(parts: list[str], operands: Sequence[str]) -> Step:
-    """wgmma: D = A Bᵀ + D of four warps, A [64, 16] and B [N, 16] in swizzled shared memory. Done at once; fences and waiting do nothing."""
-    if parts[1] != "mma_async":
-        return lambda block, mask: None
-    shape = re.fullmatch(r"m64n(\d+)k16", parts[4])
-    kind = parts[6]
-    if shape is None or parts[5] != "f32" or kind not in ("f16", "bf16") or list(operands[4:]) != ["1", "1", "0", "0"]:
-        raise ValueError(parts)
-    results, left, right, adds = vector(operands[0]), read_operand(operands[1], "u8"), read_operand(operands[2], "u8"), read_operand(operands[3], "?")
-    size, lane = int(shape.group(1)), np.arange(WARP)
-
-    def matrix(block: Block, descriptor: int, rows: int) -> Array:
-        return half_floats(read_swizzled(block, descriptor, rows, {1: 3, 2: 2, 3: 1}[descriptor >> 62]), kind)
-
-    def step(block: Block, mask: Array | None) -> None:
-        _all_threads(mask)
-        products = [
-            matrix(block, int(left(block)[first]), 64) @ matrix(block, int(right(block)[first]), size).T
-            for first in range(0, block.threads, 4 * WARP)
-        ]
-        for number, register in enumerate(results):
-            row = 16 * np.arange(4)[:, None] + lane // 4 + 8 * (number // 2 % 2)
-            values = np.concatenate([product[row, 8 * (number // 4) + 2 * (lane % 4) + number % 2].ravel() for product in products])
-            block.write(register, np.where(adds(block), values + block.read(register).view(np.float32), values), mask)
 
     return step
 
@@ -475,8 +314,7 @@ def _multiply_wide_add(parts: list[str], operands: Sequence[str]) -> Step:
     return lambda block, mask: block.write(operands[0], multiply(left(block), right(block)).view(np.uint64) + added(block), mask)
 
 
-FORMS: dict[str, Callable[[list[str], Sequence[str]], Step]] = {
-    "ld": _load, "st": _store, "red": _atomic, "atom": _atomic, "cp": _copy, "ldmatrix": _load_matrix, "stmatrix": _store_matrix,
-    "mma": _multiply_fragments, "wgmma": _multiply_shared, "elect": _elect, "redux": _reduce_warp, "shfl": _shuffle, "cvt": _convert,
-    "setp": _compare, "selp": _select, "shl": _shift, "shr": _shift, "bfe": _extract_bits, "mad": _multiply_wide_add,
+FORMS: dict[str, Callable[[list[str], Sequence[str]], Step]] = MATRIX_FORMS | {
+    "ld": _load, "st": _store, "red": _atomic, "atom": _atomic, "cp": _copy, "elect": _elect, "redux": _reduce_warp, "shfl": _shuffle,
+    "cvt": _convert, "setp": _compare, "selp": _select, "shl": _shift, "shr": _shift, "bfe": _extract_bits, "mad": _multiply_wide_add,
 }  # fmt: skip

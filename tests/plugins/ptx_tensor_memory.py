@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from ptx_instructions import Step, half_floats, read_address, read_operand, read_swizzled, vector
 from ptx_machine import WARP, Array, Block, EmulationError
+from ptx_matrices import half_floats, read_swizzled
+from ptx_operands import Step, read_address, read_operand, vector
 
 __all__ = ["WAIT", "compile_tensor_memory", "must_wait", "one_wait"]
 
