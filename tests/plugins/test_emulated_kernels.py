@@ -81,12 +81,13 @@ def selection(contract: Contract, normal: Normal) -> Case:
 
 
 def merging(contract: Contract, normal: Normal) -> Case:
-    """A group of several tiles, small ones, more of these than programs for them, tokens alone and tokens of no group."""
-    survivors, tokens = 90, 400
+    """Large groups, the largest small one, pairs, tokens alone and tokens of no group."""
+    survivors, tokens = 90, 460
     slot = torch.full((tokens,), -1)
     slot[:survivors] = torch.arange(survivors)
     slot[100:300] = 7
     slot[300:350] = torch.arange(50) + 20
+    slot[350:381], slot[381:413] = 3, 5  # 32 and 33 in all
     index, members = torch.arange(survivors), torch.bincount(slot[slot >= 0], minlength=survivors)
     features, importance = normal(tokens, contract.static["F"]), torch.rand(tokens) - 0.2
     given = [features, importance, index, slot, members, *group_tokens(index, slot, members)]

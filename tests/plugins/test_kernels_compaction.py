@@ -129,9 +129,9 @@ def test_groups_of_many_tokens_and_tokens_of_no_group() -> None:
 
 
 def test_more_large_groups_than_programs_for_them() -> None:
-    """Some programs have several, with survivors that are alone between them; more survivors than are searched at once."""
-    large = torch.arange(40) * 30
-    slot = torch.cat([torch.arange(1201), large.repeat(35)])
+    """Some programs have several, with survivors that are alone between them; more survivors than are searched in two steps."""
+    large = torch.arange(40) * 57
+    slot = torch.cat([torch.arange(2300), large.repeat(35)])
     check_merging(torch.randn(len(slot), 5), torch.rand(len(slot)), slot)
 
 
