@@ -11,7 +11,7 @@ from kernel_errors import check
 from vflow.plugins.contract import ContractError
 from vflow.plugins.entropy import patch_entropy
 from vflow.plugins.entropy_kernels import PATCH_ENTROPY
-from vflow.plugins.guidance import KEY_BLOCK
+from vflow.plugins.guidance import KEY_BLOCK, last_token_attention
 from vflow.plugins.guidance_kernels import LAST_TOKEN_ATTENTION, LAST_TOKEN_LOG_SUM_EXP
 from vflow.plugins.importance import masked_column_mean, row_log_sum_exp
 from vflow.plugins.importance_kernels import MASKED_COLUMN_MEAN, ROW_LOG_SUM_EXP
@@ -97,6 +97,7 @@ def test_equal_patches_score_equally(dtype: torch.dtype) -> None:
     assert len(set(lse.flatten().tolist())) == len(set(mean.flatten().tolist())) == 1
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero")  # blocks without visual tokens, and heads beyond the last
 @given(
     kv_heads=st.integers(1, 3), share=st.integers(1, 3), visual=st.lists(st.booleans(), min_size=1, max_size=150),
     width=st.sampled_from([8, 24, 80]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
@@ -118,6 +119,17 @@ def test_last_token_attention(kv_heads: int, share: int, visual: list[bool], wid
     blocks = [is_visual[start : start + KEY_BLOCK].any() for start in range(0, len(visual), KEY_BLOCK)]
     assert (block_lse > -1e29).tolist() == [blocks] * len(query)
     check(f"LastTokenAttention {dtype}", actual, expected, tolerance=TOLERANCE, floor=FLOOR)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # heads beyond the last, which are not stored
+def test_more_blocks_of_keys_than_are_read_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    length = 65 * KEY_BLOCK + 3
+    query, key = torch.randn(2, 8, generator=generator).half(), torch.randn(1, length, 8, generator=generator).half()
+    given = [query, key, torch.arange(length) % 5 > 0]
+    (block_lse,) = launch(LAST_TOKEN_LOG_SUM_EXP, given, scale=1.0)
+    (actual,) = launch(LAST_TOKEN_ATTENTION, [*given, block_lse], scale=1.0)
+    torch.testing.assert_close(actual, last_token_attention(*given, scale=1.0), atol=1e-8, rtol=2e-5)
 
 
 @given(patches=st.integers(1, 5), side=st.sampled_from([1, 4, 14]), levels=st.sampled_from([1, 2, 7, 256]), seed=st.integers(0, 1000))
