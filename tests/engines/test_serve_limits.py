@@ -66,10 +66,12 @@ def test_with_a_key_nobody_is_let_in_without_it(batcher: Batcher) -> None:
             with pytest.raises(openai.AuthenticationError, match="wrong or no API key") as caught:
                 ask(address, api_key=key)
             assert caught.value.code == "invalid_api_key"
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/chat/completions"):
-            assert httpx.get(f"{address}{path}").status_code == 401
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/chat/completions", "/health/x"):
+            refused = httpx.get(f"{address}{path}")
+            assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
         assert httpx.get(f"{address}/v1/models", headers={"Authorization": "secret-1"}).status_code == 401
         assert httpx.get(f"{address}/health").status_code == 200
+        assert 'vflow_http_errors_total{status="401"} 9.0' in httpx.get(f"{address}/metrics", headers={"Authorization": "Bearer secret-1"}).text
 
 
 @pytest.mark.parametrize("wrong", ["", " x", "ü", "a\nb"])
@@ -118,7 +120,8 @@ def test_a_body_that_does_not_come_keeps_no_place(batcher: Batcher, monkeypatch:
             connections.append(socket.create_connection(("127.0.0.1", port)))
             connections[-1].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
         wait_until(lambda: httpx.post(f"{address}/v1/chat/completions", json={}).status_code == 429)
-        assert connections[0].recv(100).startswith(b"HTTP/1.1 408")
+        answer = connections[0].recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408") and b"connection: close" in answer.lower()
         wait_until(lambda: httpx.post(f"{address}/v1/chat/completions", json={}).status_code == 400)
         for connection in connections:
             connection.close()

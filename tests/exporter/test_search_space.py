@@ -93,6 +93,11 @@ def test_the_number_of_stages_is_part_of_the_search() -> None:
     assert none_before.first_stage is None or none_before.first_stage.keep > 900
 
 
+def test_the_last_eighth_of_the_tower_may_rank() -> None:
+    space = SearchSpace.for_model(SHAPE, Budget(keep=0.1))
+    assert [space.schedule(space.middle() | {"vision_layer": share}).importance.vision_layer for share in (0.0, 1.0)] == [-1, -4]
+
+
 def test_no_stage_drops_but_a_rounding() -> None:
     space, rng = SearchSpace.for_model(SHAPE, Budget(keep=0.01), tower=True), np.random.default_rng(0)
     for _ in range(200):
@@ -204,9 +209,10 @@ def test_a_kv_budget_is_met_and_spent_where_tokens_round_and_count_what_they_sta
         assert 0 <= size - spent < 2 * token + 3 * tokens * width
 
 
-def test_a_budget_that_tower_stages_cannot_meet_is_refused() -> None:
-    with pytest.raises(ScheduleError, match=r"prefill-flops 0\.01 cannot be met"):
-        SearchSpace.for_model(SHAPE, Budget(keep=0.1, prefill_flops=0.01), tower=True)
+@pytest.mark.parametrize(("tower", "way_out"), [(False, "raise it, or allow tower stages"), (True, "raise it")])
+def test_a_flops_budget_that_cannot_be_met_is_refused_with_what_would_help(tower: bool, way_out: str) -> None:
+    with pytest.raises(ScheduleError, match=rf"prefill-flops 0\.01 cannot be met with these stages \(least 0\.\d+\); {way_out}$"):
+        SearchSpace.for_model(SHAPE, Budget(keep=0.1, prefill_flops=0.01), tower=tower)
 
 
 def test_a_budget_of_everything_is_taken() -> None:
@@ -227,7 +233,9 @@ def test_less_than_one_token_is_refused() -> None:
         SearchSpace.for_model(SHAPE, Budget(kv_bytes=1000))
 
 
-@pytest.mark.parametrize(("text", "size"), [("64MiB", 64 * 2**20), ("1.5GB", 1_500_000_000), ("4096", 4096), ("2 KiB", 2048)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("64MiB", 64 * 2**20), ("1.5GB", 1_500_000_000), ("4096", 4096), ("7B", 7), ("3KB", 3000), ("2 KiB", 2048), ("1GiB", 2**30)]
+)
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 

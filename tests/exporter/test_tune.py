@@ -79,14 +79,15 @@ def test_pruning_everything_but_a_token_hurts_more_than_pruning_half(objective: 
 
 def test_search_is_at_least_as_good_as_the_point_it_starts_from(objective: FlowObjective, space: SearchSpace) -> None:
     start = space.middle()
-    result = tune_schedule(objective, space, fingerprint="abc", trials=6, start=[start])
+    result = tune_schedule(objective, space, fingerprint="abc", trials=6, start=[start, start])
     assert result.value >= objective.score(space.schedule(start)) - 1e-9
     assert objective.score(result.schedule) == pytest.approx(result.value, abs=1e-9)
     assert result.schedule.average_keep(objective.shape.decoder.layers) <= 0.4
     assert result.schedule.model == "abc"
+    assert (result.schedule.provenance["value"], result.schedule.provenance["trials"]) == (result.value, 6)
     assert result.trials == 6
     scores = [objective.score(space.schedule(point)) for point in result.leaders]
-    assert result.leaders[0] == result.point and 1 < len(scores) <= 6
+    assert result.leaders[0] == result.point and 1 < len(scores) < 6  # the start is there once
     assert scores == sorted(set(scores), reverse=True)
 
 
@@ -118,6 +119,18 @@ def test_a_study_of_another_model_search_objective_or_calibration_is_refused(
 def test_no_samples_are_refused(random_checkpoint: Path) -> None:
     with pytest.raises(ScheduleError, match="at least one sample"):
         FlowObjective(open_checkpoint(str(random_checkpoint)), [])
+
+
+def test_a_sample_without_an_image_is_named(random_checkpoint: Path) -> None:
+    with pytest.raises(ScheduleError, match=r"calibration sample 2 \(what is there \?\) has no image"):
+        FlowObjective(open_checkpoint(str(random_checkpoint)), [SAMPLES[0], CalibrationSample((), "what is there ?")])
+
+
+def test_calibration_sets_are_told_apart_by_pictures_and_by_prompts(random_checkpoint: Path) -> None:
+    checkpoint, prompts = open_checkpoint(str(random_checkpoint)), ("what is there ?", "list the objects .")
+    sets = [[CalibrationSample((picture(2, 3, seed),), prompt)] for seed in range(2) for prompt in prompts]
+    fingerprints = [FlowObjective(checkpoint, samples).fingerprint for samples in (*sets, sets[0])]
+    assert len(set(fingerprints)) == 4 and fingerprints[0] == fingerprints[4]
 
 
 def test_prompts_of_other_lengths_and_pictures_of_other_sizes_mix(random_checkpoint: Path) -> None:
