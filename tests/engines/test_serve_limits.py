@@ -23,7 +23,7 @@ from PIL import ImageFile
 from serving import MODEL, client, data_url, encoded_url, image_bytes, serving, user, wait_until
 from vflow.engines import Batcher, Engine, EngineError, ImageError
 from vflow.engines.preprocess import load_image
-from vflow.engines.serve import gate, remote
+from vflow.engines.serve import gate, images, remote
 from vflow.engines.serve.app import READERS, create_app
 from vflow.engines.serve.images import read_messages
 from vflow.engines.serve.options import ServeOptions
@@ -154,8 +154,16 @@ def test_images_that_are_damaged_or_of_rare_formats_are_refused(batcher: Batcher
 
 def test_as_many_images_and_pixels_as_the_limits_say_are_taken() -> None:
     message = UserMessage(role="user", content=[ImagePart(type="image_url", image_url=ImageUrl(url=data_url(PICTURE)))] * 2)
-    _, images = read_messages([message], ServeOptions(max_images=2, max_image_pixels=2 * PICTURE.shape[0] * PICTURE.shape[1]))
-    assert len(images) == 2
+    _, taken = read_messages([message], ServeOptions(max_images=2, max_image_pixels=2 * PICTURE.shape[0] * PICTURE.shape[1]))
+    assert len(taken) == 2
+
+
+def test_hosts_and_bytes_of_fetched_images_are_those_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(images, "fetch_image", lambda url, hosts, *, most: asked.append((url, hosts, most)) or image_bytes(PICTURE))
+    message = UserMessage(role="user", content=[ImagePart(type="image_url", image_url=ImageUrl(url="https://pictures.test/a.png"))])
+    read_messages([message], ServeOptions(remote_hosts=frozenset({"pictures.test"}), max_body_bytes=12_345))
+    assert asked == [("https://pictures.test/a.png", {"pictures.test"}, 12_345)]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
