@@ -262,6 +262,19 @@ def test_bodies_that_are_no_request_are_refused(address: str, body: bytes) -> No
     assert httpx.get(f"{address}/v1/chat/completions").json()["error"]["type"] == "invalid_request_error"
 
 
+def test_paths_and_methods_that_are_not_there_are_refused_in_the_same_shape(address: str) -> None:
+    nowhere, wrong = httpx.get(f"{address}/v1/completions"), httpx.get(f"{address}/v1/chat/completions")
+    assert (nowhere.status_code, nowhere.json()["error"]["message"]) == (404, "Not Found: see /openapi.json")
+    assert (wrong.status_code, wrong.headers["Allow"], wrong.json()["error"]["message"]) == (405, "POST", "Method Not Allowed: see /openapi.json")
+
+
+def test_a_fault_of_the_server_itself_is_told_in_the_same_shape(batcher: Batcher, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher, "submit", lambda *_, **__: 1 / 0)
+    with pytest.raises(openai.InternalServerError, match=r"internal error \(ZeroDivisionError\); the server's log says more") as caught:
+        ask(client(address), user("hello"))
+    assert caught.value.type == "server_error"
+
+
 def test_a_client_that_goes_away_frees_its_slot(batcher: Batcher, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     let_go = slow(batcher, monkeypatch, after=5)
     with ask(client(address), user("hello"), max_tokens=100, stream=True) as stream:
@@ -355,7 +368,7 @@ def test_while_draining_nothing_is_taken_and_health_says_so(standin: Engine, mon
         assert (health.status_code, health.json()) == (503, {"status": "draining"})
         with pytest.raises(openai.InternalServerError, match="no more requests are taken") as caught:
             ask(client(address), user("hello"))
-        assert caught.value.status_code == 503
+        assert caught.value.status_code == 503 and int(caught.value.response.headers["Retry-After"]) > 0
         let_go()
         assert running.result(PATIENCE).choices[0].message.content
         closing.result(PATIENCE)
