@@ -7,6 +7,7 @@ negative, and two fifths of its search box under-spend.)
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -110,7 +111,7 @@ class SearchSpace:
             ScheduleError: a budget that cannot be met.
         """
         blocks = shape.tower.blocks
-        step = max(1, blocks // MOST_TOWER_PLACES)
+        step = max(1, math.ceil((blocks - FIRST_TOWER_BLOCK) / MOST_TOWER_PLACES))
         tower_places = tuple(range(FIRST_TOWER_BLOCK, blocks, step)) if tower else ()
         decoder_places = () if paper else tuple(range(1, shape.decoder.layers))
         space = cls(shape, budget, decoder_places, tower_places, beyond=not paper, guidance=guidance)

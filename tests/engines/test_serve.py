@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,6 +16,8 @@ import openai
 import pytest
 from serving import MODEL, PATIENCE, client, data_url, serving, user, wait_until, wait_until_idle
 from vflow.engines import Batcher, Engine, EngineError, RequestCancelled, SamplingParams, Session
+from vflow.engines.serve import gate
+from vflow.engines.serve.app import model_name
 from vflow.engines.serve.options import ServeOptions
 
 
@@ -110,6 +113,32 @@ def test_streams_are_the_text_in_pieces(address: str, session: Session) -> None:
     assert len({chunk.id for chunk in (*chunks, last, usage)}) == 1
     *_, end = ask(client(address), user("hello"), stream=True)
     assert end.choices[0].finish_reason and end.usage is None
+
+
+def test_streams_are_events_as_openai_sends_them(address: str) -> None:
+    body = {"model": MODEL, "messages": [user("hello")], "max_tokens": 3, "stream": True, "stream_options": {"include_usage": False}}
+    *events, done, end = httpx.post(f"{address}/v1/chat/completions", json=body).text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]] == [None] * (len(chunks) - 1) + ["length"]
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize(("built", "served"), [("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-2B-Instruct"), ("/home/me/mine", "mine")])
+def test_a_model_is_served_by_its_name_and_without_the_builder_s_folders(standin: Engine, built: str, served: str) -> None:
+    assert model_name(replace(standin, model_name=built)) == served
+
+
+def test_as_many_are_answered_at_a_time_as_there_are_slots(standin: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Batcher(standin, slots=5, queue_limit=0, provider="cpu", threads=1) as batcher, serving(batcher) as address:
+        let_go = slow(batcher, monkeypatch)
+        with ThreadPoolExecutor(5) as pool:
+            answers = [pool.submit(ask, client(address), user("hello")) for _ in range(5)]
+            try:
+                wait_until(lambda: batcher.stats().active == 5 or any(answer.done() for answer in answers))
+            finally:
+                let_go()
+            assert all(answer.result(PATIENCE).choices for answer in answers)
 
 
 def test_sampling_follows_its_seed(address: str, session: Session) -> None:
@@ -233,6 +262,19 @@ def test_bodies_that_are_no_request_are_refused(address: str, body: bytes) -> No
     assert httpx.get(f"{address}/v1/chat/completions").json()["error"]["type"] == "invalid_request_error"
 
 
+def test_paths_and_methods_that_are_not_there_are_refused_in_the_same_shape(address: str) -> None:
+    nowhere, wrong = httpx.get(f"{address}/v1/completions"), httpx.get(f"{address}/v1/chat/completions")
+    assert (nowhere.status_code, nowhere.json()["error"]["message"]) == (404, "Not Found: see /openapi.json")
+    assert (wrong.status_code, wrong.headers["Allow"], wrong.json()["error"]["message"]) == (405, "POST", "Method Not Allowed: see /openapi.json")
+
+
+def test_a_fault_of_the_server_itself_is_told_in_the_same_shape(batcher: Batcher, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher, "submit", lambda *_, **__: 1 / 0)
+    with pytest.raises(openai.InternalServerError, match=r"internal error \(ZeroDivisionError\); the server's log says more") as caught:
+        ask(client(address), user("hello"))
+    assert caught.value.type == "server_error"
+
+
 def test_a_client_that_goes_away_frees_its_slot(batcher: Batcher, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     let_go = slow(batcher, monkeypatch, after=5)
     with ask(client(address), user("hello"), max_tokens=100, stream=True) as stream:
@@ -246,9 +288,10 @@ def test_a_client_that_goes_away_frees_its_slot(batcher: Batcher, address: str, 
 
 def test_a_client_that_does_not_wait_for_a_whole_answer_frees_its_slot(batcher: Batcher, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     let_go = slow(batcher, monkeypatch)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)  # it holds for the body alone: a client may go away later
     before = server_errors(address)
     with pytest.raises(openai.APITimeoutError):
-        ask(client(address, timeout=0.3), user("hello"), max_tokens=100)
+        ask(client(address, timeout=0.5), user("hello"), max_tokens=100)
     wait_until(lambda: batcher._jobs)
     [job] = batcher._jobs
     wait_until(lambda: job.stop is not None)
@@ -325,7 +368,7 @@ def test_while_draining_nothing_is_taken_and_health_says_so(standin: Engine, mon
         assert (health.status_code, health.json()) == (503, {"status": "draining"})
         with pytest.raises(openai.InternalServerError, match="no more requests are taken") as caught:
             ask(client(address), user("hello"))
-        assert caught.value.status_code == 503
+        assert caught.value.status_code == 503 and int(caught.value.response.headers["Retry-After"]) > 0
         let_go()
         assert running.result(PATIENCE).choices[0].message.content
         closing.result(PATIENCE)
@@ -334,14 +377,18 @@ def test_while_draining_nothing_is_taken_and_health_says_so(standin: Engine, mon
 def test_metrics_count_what_happened(standin: Engine) -> None:
     with Batcher(standin, slots=2, provider="cpu", threads=1) as batcher, serving(batcher) as address:
         ask(client(address), user("hello", data_url(SMALL)), max_tokens=3)
+        list(ask(client(address), user("hello"), max_tokens=2, stream=True))
         with pytest.raises(openai.BadRequestError):
             ask(client(address), user("hello"), max_tokens=1000)
         text = httpx.get(f"{address}/metrics").text
         lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         stats = batcher.stats()
     assert float(lines["vflow_visual_tokens_total"]) == 12 and float(lines["vflow_visual_tokens_kept_total"]) == stats.visual_tokens_kept == 3
-    assert float(lines['vflow_requests_total{outcome="length"}']) == 1 and float(lines["vflow_generated_tokens_total"]) == 3
-    assert float(lines['vflow_http_errors_total{status="400"}']) == 1 and float(lines["vflow_time_to_first_token_seconds_count"]) == 1
+    assert float(lines['vflow_requests_total{outcome="length"}']) == 2 and float(lines["vflow_generated_tokens_total"]) == 5
+    assert float(lines["vflow_prompt_tokens_total"]) == stats.prompt_tokens > 5
+    assert float(lines['vflow_http_errors_total{status="400"}']) == 1 and float(lines["vflow_time_to_first_token_seconds_count"]) == 2
+    assert float(lines["vflow_request_seconds_count"]) == 2
+    assert 0 < float(lines["vflow_time_to_first_token_seconds_sum"]) < float(lines["vflow_request_seconds_sum"])
     assert float(lines["vflow_requests_queued"]) == 0 and float(lines["vflow_slots"]) == 2
 
 

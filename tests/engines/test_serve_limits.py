@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import json
 import random
 import socket
+import ssl
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -20,8 +23,8 @@ from PIL import ImageFile
 from serving import MODEL, client, data_url, encoded_url, image_bytes, serving, user, wait_until
 from vflow.engines import Batcher, Engine, EngineError, ImageError
 from vflow.engines.preprocess import load_image
-from vflow.engines.serve import gate, remote
-from vflow.engines.serve.app import create_app
+from vflow.engines.serve import gate, images, remote
+from vflow.engines.serve.app import READERS, create_app
 from vflow.engines.serve.images import read_messages
 from vflow.engines.serve.options import ServeOptions
 from vflow.engines.serve.remote import fetch_image
@@ -63,10 +66,12 @@ def test_with_a_key_nobody_is_let_in_without_it(batcher: Batcher) -> None:
             with pytest.raises(openai.AuthenticationError, match="wrong or no API key") as caught:
                 ask(address, api_key=key)
             assert caught.value.code == "invalid_api_key"
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/chat/completions"):
-            assert httpx.get(f"{address}{path}").status_code == 401
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/chat/completions", "/health/x"):
+            refused = httpx.get(f"{address}{path}")
+            assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
         assert httpx.get(f"{address}/v1/models", headers={"Authorization": "secret-1"}).status_code == 401
         assert httpx.get(f"{address}/health").status_code == 200
+        assert 'vflow_http_errors_total{status="401"} 9.0' in httpx.get(f"{address}/metrics", headers={"Authorization": "Bearer secret-1"}).text
 
 
 @pytest.mark.parametrize("wrong", ["", " x", "ü", "a\nb"])
@@ -91,6 +96,21 @@ def test_bodies_beyond_the_limit_are_not_read(batcher: Batcher) -> None:
         assert ask(address, data_url(PICTURE)).choices
 
 
+def test_a_body_of_the_very_limit_is_taken(batcher: Batcher) -> None:
+    body = json.dumps({"model": MODEL, "messages": [user("hello")], "max_tokens": 2}).encode()
+    with serving(batcher, ServeOptions(max_body_bytes=len(body))) as address:
+        for content in (body, iter([body])):  # its size said, and not
+            said = httpx.post(f"{address}/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+            assert said.status_code == 200
+
+
+def test_what_has_no_body_takes_no_place(batcher: Batcher) -> None:
+    with serving(batcher) as address:
+        for _ in range(batcher.slots + batcher.queue_limit + READERS):
+            assert httpx.get(f"{address}/metrics").status_code == 200
+        assert ask(address).choices
+
+
 def test_a_body_that_does_not_come_keeps_no_place(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
     with serving(batcher) as address:
@@ -100,7 +120,8 @@ def test_a_body_that_does_not_come_keeps_no_place(batcher: Batcher, monkeypatch:
             connections.append(socket.create_connection(("127.0.0.1", port)))
             connections[-1].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
         wait_until(lambda: httpx.post(f"{address}/v1/chat/completions", json={}).status_code == 429)
-        assert connections[0].recv(100).startswith(b"HTTP/1.1 408")
+        answer = connections[0].recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408") and b"connection: close" in answer.lower()
         wait_until(lambda: httpx.post(f"{address}/v1/chat/completions", json={}).status_code == 400)
         for connection in connections:
             connection.close()
@@ -133,8 +154,16 @@ def test_images_that_are_damaged_or_of_rare_formats_are_refused(batcher: Batcher
 
 def test_as_many_images_and_pixels_as_the_limits_say_are_taken() -> None:
     message = UserMessage(role="user", content=[ImagePart(type="image_url", image_url=ImageUrl(url=data_url(PICTURE)))] * 2)
-    _, images = read_messages([message], ServeOptions(max_images=2, max_image_pixels=2 * PICTURE.shape[0] * PICTURE.shape[1]))
-    assert len(images) == 2
+    _, taken = read_messages([message], ServeOptions(max_images=2, max_image_pixels=2 * PICTURE.shape[0] * PICTURE.shape[1]))
+    assert len(taken) == 2
+
+
+def test_hosts_and_bytes_of_fetched_images_are_those_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(images, "fetch_image", lambda url, hosts, *, most: asked.append((url, hosts, most)) or image_bytes(PICTURE))
+    message = UserMessage(role="user", content=[ImagePart(type="image_url", image_url=ImageUrl(url="https://pictures.test/a.png"))])
+    read_messages([message], ServeOptions(remote_hosts=frozenset({"pictures.test"}), max_body_bytes=12_345))
+    assert asked == [("https://pictures.test/a.png", {"pictures.test"}, 12_345)]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -163,16 +192,25 @@ def test_the_document_says_that_a_key_is_needed(batcher: Batcher) -> None:
 class Host(http.server.BaseHTTPRequestHandler):
     """A picture, redirects, and what is too large or broken."""
 
+    places: ClassVar = {
+        "/moved": "/picture.png", "/away": "https://other.test/picture.png", "/inside": "https://169.254.169.254/", "/round": "/round",
+        "/nowhere": "https://[::1", "/hops/4": "3", "/hops/3": "2", "/hops/2": "1", "/hops/1": "/picture.png",
+    }  # fmt: skip
+    statuses: ClassVar = {"/moved": 301, "/hops/3": 303, "/hops/2": 307, "/hops/1": 308, "/none": 404, "/part": 206}
+
     def do_GET(self) -> None:
-        places = {"/moved": "/picture.png", "/away": "https://other.test/picture.png", "/inside": "https://169.254.169.254/", "/round": "/round"}
-        if self.path in places:
-            self.send_response(302)
-            self.send_header("Location", places[self.path])
-            self.end_headers()
+        if self.path == "/garbage":
+            self.wfile.write(b"garbage\r\n\r\n")
             return
-        self.send_response(404 if self.path == "/none" else 200)
+        self.send_response(self.statuses.get(self.path, 302 if self.path in self.places else 200))
+        if self.path in self.places:
+            self.send_header("Location", self.places[self.path])
         self.end_headers()
-        content = {"/picture.png": image_bytes(PICTURE), "/large": b"x" * 100_000}.get(self.path, b"")
+        for _ in range(50 if self.path == "/slow" else 0):
+            self.wfile.write(b"x")
+            time.sleep(0.05)
+        picture = image_bytes(PICTURE)
+        content = {"/picture.png": picture, "/a%20b.png?key=c%2Fd": picture, "/large": b"x" * 100_000}.get(self.path, b"")
         self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
@@ -189,8 +227,15 @@ def connect() -> Iterator[Callable[[str, float], http.client.HTTPConnection]]:
 
 
 def test_pictures_come_from_hosts_on_the_list(connect: Any) -> None:
-    for path in ("picture.png", "moved"):
-        assert fetch_image(f"https://pictures.test/{path}", {"pictures.test"}, most=10_000, connect=connect) == image_bytes(PICTURE)
+    whole = image_bytes(PICTURE)
+    for path in ("picture.png", "a b.png?key=c%2Fd", "a%20b.png?key=c%2Fd", "moved", "hops/3"):  # as many bytes and redirects as may be
+        assert fetch_image(f"https://pictures.test/{path}", {"pictures.test"}, most=len(whole), connect=connect) == whole
+
+
+def test_a_host_that_sends_a_byte_now_and_then_is_not_waited_for(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT", 0.3)
+    with pytest.raises(ImageError, match=r"pictures\.test: not there after 0\.3 s"):
+        fetch_image("https://pictures.test/slow", {"pictures.test"}, most=10_000, connect=connect)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +251,11 @@ def test_pictures_come_from_hosts_on_the_list(connect: Any) -> None:
         ("https://pictures.test/away", "'other.test' is not on this server's list"),
         ("https://pictures.test/inside", "'169.254.169.254' is not on this server's list"),
         ("https://pictures.test/round", "more than 3 redirects"),
+        ("https://pictures.test/hops/4", "more than 3 redirects"),
+        ("https://pictures.test/nowhere", "pictures.test: ValueError"),
+        ("https://pictures.test/garbage", "pictures.test: BadStatusLine"),
         ("https://pictures.test/none", "answered 404"),
+        ("https://pictures.test/part", "answered 206"),
         ("https://pictures.test/large", "more than 10000 bytes"),
     ],
 )
@@ -238,3 +287,18 @@ def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest
     with pytest.raises(ImageError, match=r"pictures\.test: ConnectionRefusedError"):
         fetch_image("https://pictures.test/a.png", {"pictures.test"}, most=10)
     assert asked == [("93.184.216.34", 443)]
+
+
+def test_the_host_must_prove_the_name_it_was_asked_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 443))])
+    monkeypatch.setattr(remote.socket, "create_connection", lambda *_: None)
+
+    def refuse(context: ssl.SSLContext, connection: None, *, server_hostname: str) -> Any:
+        asked.append((server_hostname, context.check_hostname, context.verify_mode))
+        raise ssl.SSLCertVerificationError
+
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", refuse)
+    with pytest.raises(ImageError, match=r"pictures\.test: SSLCertVerificationError"):
+        fetch_image("https://pictures.test/a.png", {"pictures.test"}, most=10)
+    assert asked == [("pictures.test", True, ssl.CERT_REQUIRED)]

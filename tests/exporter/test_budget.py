@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -161,6 +162,26 @@ def test_the_paper_preset_is_the_published_schedule_and_nothing_beyond() -> None
     assert schedule.stages[0].recycle == 17.4
     assert schedule.importance == Importance(global_threshold=39.3, entropy_weight=0.0)
     assert (schedule.guidance_weight, schedule.recycled_importance, schedule.tower_stages) == (0.0, "own", ())
+
+
+def test_between_published_keeps_the_paper_preset_scales_the_nearest_first_stage() -> None:
+    schedule = preset_schedule("paper", QWEN2_VL_2B, 0.20)
+    assert schedule.stages[0].keep == round(0.265 / 0.25 * 0.20 * 1024)
+    assert (schedule.stages[0].recycle, schedule.importance.global_threshold) == (15.6, 34.8)
+
+
+def test_the_untuned_preset_keeps_more_early_and_less_late() -> None:
+    stages = preset_schedule("progressive", QWEN2_VL_2B, 0.10).stages
+    assert [stage.layer for stage in stages] == [0, 9, 18]
+    assert [stage.keep for stage in stages[:2]] == [round(1.3 * 0.10 * 1024), round(0.10 * 1024)]
+
+
+def test_the_tower_preset_halves_at_an_eighth_of_the_tower_and_again_at_three_eighths() -> None:
+    schedule = preset_schedule("tower", QWEN2_VL_2B, 0.10)
+    assert [(stage.layer, stage.keep) for stage in schedule.tower_stages] == [(4, 512), (12, 256)]
+    assert schedule.importance.score_rows == 256
+    small = replace(QWEN2_VL_2B, tower=replace(QWEN2_VL_2B.tower, blocks=4))
+    assert [stage.layer for stage in preset_schedule("tower", small, 0.10).tower_stages] == [2, 3]  # block 0 ranks no better than chance
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

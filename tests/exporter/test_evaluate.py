@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,9 +21,11 @@ from vflow.exporter.candidates import UNPRUNED, method_candidates
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.data import DataError, LabelledSample
 from vflow.exporter.evaluate import Candidate, evaluate_candidates, evaluate_session, wilson_interval
+from vflow.exporter.methods import METHODS
 from vflow.exporter.plots import evaluation_plot
 from vflow.exporter.reference import ReferenceModel
-from vflow.exporter.schedule import Schedule, ScheduleError, Stage
+from vflow.exporter.schedule import Importance, Schedule, ScheduleError, Stage
+from vflow.exporter.shared_tower import SharedTower, embed_plainly
 
 
 @given(st.integers(1, 500), st.data())
@@ -120,6 +123,26 @@ def test_candidates_that_differ_in_proportional_attention_alone_share_no_tower(r
     candidates = [Candidate("plain", UNPRUNED, plain), Candidate("counted", UNPRUNED, replace(plain, proportional_attention=2.0))]
     (_, together), (alone,) = (evaluate_candidates(reference, some, [question]) for some in (candidates, candidates[1:]))
     assert together.agreement == alone.agreement
+
+
+@pytest.mark.parametrize("blocks", [(), (1,), (2,), (0, 1, 2), (1, 2, 3)])
+def test_what_candidates_share_of_a_tower_is_what_each_would_compute(reference: ReferenceModel, blocks: tuple[int, ...]) -> None:
+    graphs = [reference.graphs(schedule)[0] for schedule in SCHEDULES.values()]
+    for importance in (Importance(vision_layer=0), Importance(vision_layer=1, entropy_weight=0.8), Importance(vision_layer=2, global_threshold=1.2)):
+        for tower in ((), (Stage("tower", 1, 700),), (Stage("tower", 1, 400),), (Stage("tower", 1, 700), Stage("tower", 2, 500))):
+            if not tower or importance.vision_layer >= tower[-1].layer:
+                graphs.append(reference.graphs(Schedule((*tower, Stage("decoder", 0, 300)), importance))[0])
+    for method in METHODS.values():
+        graphs += [reference.graphs(Schedule(stages), method.vision)[0] for stages in ((Stage("decoder", 0, 512),), DECODER_STAGES.stages)]
+    (seen,) = reference.read([picture(4, 5)], "hello").pictures
+    tower = SharedTower(reference, blocks)
+    kept, fresh = tower.walk(seen, keep_finals=True), tower.walk(seen)
+    for graph in graphs:
+        alone = embed_plainly(graph, seen)
+        for shared in (tower.embed(graph, kept), tower.embed(graph, fresh)):
+            for got, expected in zip(shared, alone, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert kept.finals and fresh.finals is None  # what a search would never ask for again is not kept
 
 
 def test_a_candidate_answers_as_its_engine_does(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from vflow.exporter.reference import ReferenceModel
 from vflow.exporter.schedule import Importance, Schedule, ScheduleError, Stage
 from vflow.exporter.search_space import Budget, SearchSpace
 from vflow.exporter.shared_tower import embed_plainly
-from vflow.exporter.tune import CalibrationSample, FlowObjective, tune_schedule
+from vflow.exporter.tune import CalibrationSample, FlowObjective, Resource, tune_front, tune_schedule
 
 optuna = pytest.importorskip("optuna")
 
@@ -79,15 +81,67 @@ def test_pruning_everything_but_a_token_hurts_more_than_pruning_half(objective: 
 
 def test_search_is_at_least_as_good_as_the_point_it_starts_from(objective: FlowObjective, space: SearchSpace) -> None:
     start = space.middle()
-    result = tune_schedule(objective, space, fingerprint="abc", trials=6, start=[start])
+    result = tune_schedule(objective, space, fingerprint="abc", trials=6, start=[start, start])
     assert result.value >= objective.score(space.schedule(start)) - 1e-9
     assert objective.score(result.schedule) == pytest.approx(result.value, abs=1e-9)
     assert result.schedule.average_keep(objective.shape.decoder.layers) <= 0.4
     assert result.schedule.model == "abc"
+    assert (result.schedule.provenance["value"], result.schedule.provenance["trials"]) == (result.value, 6)
     assert result.trials == 6
     scores = [objective.score(space.schedule(point)) for point in result.leaders]
-    assert result.leaders[0] == result.point and 1 < len(scores) <= 6
+    assert result.leaders[0] == result.point and 1 < len(scores) < 6  # the start is there once
     assert scores == sorted(set(scores), reverse=True)
+
+
+def test_a_search_starts_at_the_points_of_its_space_and_follows_its_seed(objective: FlowObjective, space: SearchSpace) -> None:
+    assert tune_schedule(objective, space, fingerprint="abc", trials=1).point == space.starts()[0]
+    first, again, other = (tune_schedule(objective, space, fingerprint="abc", trials=2, start=[], seed=seed).point for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_schedule_says_how_it_was_found(by_cosine: FlowObjective, space: SearchSpace) -> None:
+    provenance = tune_schedule(by_cosine, space, fingerprint="abc", trials=1, seed=7).schedule.provenance
+    assert provenance["objective"].startswith("mean cosine") and provenance["seed"] == 7
+    assert provenance["calibration"] == {"samples": 3, "sha256": by_cosine.fingerprint}
+    assert provenance["budget"] == {"keep": 0.4, "rows": 4, "columns": 5, "text_tokens": 64, "bytes_per_value": 2}  # what was not given is not there
+
+
+@pytest.mark.parametrize(("resource", "keep"), [("kv", None), ("flops", 0.4)])
+def test_a_front_goes_from_cheap_to_good(objective: FlowObjective, resource: Resource, keep: float | None) -> None:
+    space, told = SearchSpace.for_model(objective.shape, Budget(keep=keep, rows=4, columns=5), tower=True), []
+    front = tune_front(
+        objective, space, resource, fingerprint="abc", trials=8, startup=8, progress=lambda done, best: told.append((done, best))
+    )  # fmt: skip
+    assert len(front) > 1
+    for before, after in itertools.pairwise(front):
+        assert before.cost < after.cost and before.value < after.value
+    for point in front:
+        share = point.schedule.average_keep(objective.shape.decoder.layers) if resource == "kv" else space.flops_share(point.schedule)
+        assert (point.cost, point.value) == (pytest.approx(share), pytest.approx(objective.score(point.schedule), abs=1e-6))
+        assert point.schedule.model == "abc" and point.schedule.provenance["front"] == resource
+        assert point.schedule.provenance["value"] == point.value
+    assert [done for done, _ in told] == list(range(1, 9))
+    assert told[-1][1] == front[-1].value == max(best for _, best in told)
+    if resource == "kv":
+        assert front[0].cost < 0.1 and front[-1].cost > 0.4  # as the points to start from
+
+
+def test_a_front_over_the_kv_cache_leaves_the_keep_open(objective: FlowObjective, space: SearchSpace) -> None:
+    with pytest.raises(ScheduleError, match="leave out --keep and --kv-budget"):
+        tune_front(objective, space, "kv", fingerprint="abc", trials=1)
+
+
+def test_a_study_of_a_schedule_is_none_of_a_front(objective: FlowObjective, space: SearchSpace, tmp_path: Path) -> None:
+    storage, name = str(tmp_path / "study.log"), "one"
+    tune_schedule(objective, space, fingerprint="abc", trials=1, storage=storage, study_name=name)
+    with pytest.raises(ScheduleError, match="another space"):
+        tune_front(objective, space, "flops", fingerprint="abc", trials=1, storage=storage, study_name=name)
+
+
+def test_without_optuna_it_is_said_what_to_install(objective: FlowObjective, space: SearchSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ScheduleError, match=r"pip install 'vflow-export\[tune\]'"):
+        tune_schedule(objective, space, fingerprint="abc", trials=1)
 
 
 def test_a_study_in_a_file_is_resumed(objective: FlowObjective, space: SearchSpace, tmp_path: Path) -> None:
@@ -118,6 +172,18 @@ def test_a_study_of_another_model_search_objective_or_calibration_is_refused(
 def test_no_samples_are_refused(random_checkpoint: Path) -> None:
     with pytest.raises(ScheduleError, match="at least one sample"):
         FlowObjective(open_checkpoint(str(random_checkpoint)), [])
+
+
+def test_a_sample_without_an_image_is_named(random_checkpoint: Path) -> None:
+    with pytest.raises(ScheduleError, match=r"calibration sample 2 \(what is there \?\) has no image"):
+        FlowObjective(open_checkpoint(str(random_checkpoint)), [SAMPLES[0], CalibrationSample((), "what is there ?")])
+
+
+def test_calibration_sets_are_told_apart_by_pictures_and_by_prompts(random_checkpoint: Path) -> None:
+    checkpoint, prompts = open_checkpoint(str(random_checkpoint)), ("what is there ?", "list the objects .")
+    sets = [[CalibrationSample((picture(2, 3, seed),), prompt)] for seed in range(2) for prompt in prompts]
+    fingerprints = [FlowObjective(checkpoint, samples).fingerprint for samples in (*sets, sets[0])]
+    assert len(set(fingerprints)) == 4 and fingerprints[0] == fingerprints[4]
 
 
 def test_prompts_of_other_lengths_and_pictures_of_other_sizes_mix(random_checkpoint: Path) -> None:
