@@ -45,6 +45,7 @@ OPERATORS = [
 
 
 @pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.filterwarnings("ignore:divide by zero")  # heads beyond the last, which are not stored
 def test_operator_reference_shapes_and_kernel_agree(name: str) -> None:
     tensors, numbers, kernel = arguments(name)
     operator = getattr(torch.ops.vflow, name)
