@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel:
-    """The one kernel of a PTX text.
+    """The one kernel of a PTX text. ``instructions`` counts those that warps have issued, in all launches.
 
     Raises:
         EmulationError: an instruction that is not emulated.
@@ -49,6 +49,7 @@ class Kernel:
             raise EmulationError("no kernel with a fixed number of threads")
         self.parameters = re.findall(r"(\w+)\s*(?:,|$)", match.group(1).strip())
         self.threads = int(match.group(2))
+        self.instructions = 0
         self._labels: dict[str, int] = {}
         self._program: list[Instruction] = []
         for statement in one_wait(match.group(3)).replace("\n", " ").split(";"):
@@ -77,8 +78,11 @@ class Kernel:
             except (KeyError, ValueError, IndexError):
                 raise EmulationError(f"not emulated: {statement}") from None
 
-    def run(self, grid: Sequence[int], shared_bytes: int, arguments: Sequence[Array | int]) -> None:
+    def run(self, grid: Sequence[int], shared_bytes: int, arguments: Sequence[Array | int]) -> list[Memory]:
         """Launch. In place of pointers there are arrays, contiguous ones, into which the kernel writes.
+
+        Returns:
+            The memory of each array, which has counted what was read and written.
 
         Raises:
             EmulationError: see above.
@@ -94,6 +98,7 @@ class Kernel:
             shared = Memory("shared memory", SHARED_BASE, np.full(shared_bytes, GARBAGE, np.uint8))
             with np.errstate(all="ignore"):
                 self._run_block(Block(self.threads, number, index, [shared, *memories], values))
+        return memories
 
     def _run_block(self, block: Block) -> None:
         """Of the threads that can go on, those at the earliest instruction do; a warp waits for all its threads where it is needed whole."""
@@ -119,11 +124,13 @@ class Kernel:
     def _advance(self, block: Block, active: Array, waiting: Array) -> None:
         """The threads ``active``, which are at one place: all of a block to where they part or wait, a part of it by one instruction."""
         every, end = active.all(), len(self._program)
+        warps = int(active.reshape(-1, WARP).any(1).sum())
         place = int(block.places[active][0])
         while place < end:
             text, name, guard, step, target, holds = self._program[place]
             if holds is not None and (holds(block) & active).any():
                 break
+            self.instructions += warps
             chosen = active & (block.read(guard.lstrip("!")) ^ guard.startswith("!")) if guard else active
             if step is not None:
                 if chosen.any():

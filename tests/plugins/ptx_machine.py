@@ -35,6 +35,7 @@ class Memory:
 
     def __init__(self, name: str, base: int, data: Array) -> None:
         self.name, self.base, self.data = name, base, data
+        self.loaded = self.stored = 0  # bytes, in all
         self._writer, self._reader, self._writer_block, self._reader_block = (np.full(len(data), NOBODY, np.int32) for _ in range(4))
         self._written, self._read = (np.full(len(data), -1, np.int64) for _ in range(2))  # barriers passed in all blocks until then
 
@@ -43,6 +44,7 @@ class Memory:
 
         ``waited_for``: whoever may write there afterwards has waited for this read.
         """
+        self.loaded += places.size
         thread = np.broadcast_to(threads[:, None], places.shape)
         self._refuse(self._written_elsewhere(places, thread, block), places, "is read while another thread writes it")
         if waited_for:
@@ -57,6 +59,7 @@ class Memory:
 
     def store(self, places: Array, values: Array, threads: Array, block: Block) -> None:
         """Write ``values``, uint8 [accesses, bytes]. Writing what is there already disturbs nobody."""
+        self.stored += places.size
         changed = self.data[places] != values
         thread = np.broadcast_to(threads[:, None], places.shape)[changed]
         self.check_store(places[changed], thread, block)

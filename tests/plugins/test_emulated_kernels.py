@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from emulated_kernel import EmulatedKernel
 from ptx_emulator import EmulationError, Kernel
 from ptx_machine import GARBAGE
 from torch import Tensor
 from vflow.plugins.compaction import gather_tokens, group_tokens, keep_top, merge_tokens
 from vflow.plugins.compile import read_contracts
-from vflow.plugins.contract import PRECISIONS, Contract, Launch
-from vflow.plugins.driver import DriverKernel
+from vflow.plugins.contract import PRECISIONS, Contract
 from vflow.plugins.entropy import patch_entropy
 from vflow.plugins.guidance import KEY_BLOCK
 from vflow.plugins.importance import row_log_sum_exp
@@ -28,23 +29,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROUNDING = {"fp32": 2e-6, "fp16": 2**-10, "bf16": 2**-7}
 SCORES = {"atol": 1e-6, "rtol": 2e-5}
 EXACT = {"atol": 0.0, "rtol": 0.0}
-
-
-class EmulatedKernel(DriverKernel):
-    """A launcher with the emulator in place of the driver."""
-
-    def __init__(self, contract: Contract, folder: Path) -> None:
-        driver = SimpleNamespace(
-            cuModuleLoadData=lambda image: (0, Kernel(image.decode("ascii").rstrip("\0"))), cuModuleGetFunction=lambda module, name: (0, module)
-        )
-        super().__init__(contract, folder, driver=driver)
-
-    def _launch(self, plan: Launch, inputs: Any, outputs: Any, stream: int) -> None:
-        for output in outputs:
-            output.view(torch.uint8).fill_(GARBAGE)
-        given, made = ([tensor.view(torch.uint8).numpy() for tensor in tensors] for tensors in (inputs, outputs))
-        assert self._function.threads == self.contract.block[0]
-        self._function.run(plan.grid, self.contract.shared_bytes, [*given, *plan.sizes, *made])
 
 
 def normal(contract: Contract, *shape: int) -> Tensor:
@@ -166,6 +150,16 @@ def test_kernels_without_their_barriers_are_refused(compiled: dict[str, Path], t
     inputs, _, _ = CASES[op](contract, partial(normal, contract))
     with pytest.raises(EmulationError, match=r"another thread|two threads"):
         EmulatedKernel(contract, tmp_path)(*inputs)
+
+
+def test_the_program_says_what_kernels_do(compiler_environment: dict[str, str]) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("emulate.py")), "--size", "tiny", "--ops", "MergeTokens", "GatherTokens"]
+    done = subprocess.run(command, env=compiler_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    merge, gather = done.stdout.splitlines()
+    assert re.match(r"MergeTokens fp16 9.0 right, [0-9.]+ million instructions of a warp; features \[21, 40\] of 1,680 bytes: \d", merge)
+    assert "hidden [1, 21, 40] of 1,680 bytes: 1,600 read, 0 written" in gather  # of 10 rows, each column by two threads
+    assert "hidden_kept [1, 10, 40] of 800 bytes: 0 read, 800 written" in gather
 
 
 KERNEL = """
