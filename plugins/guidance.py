@@ -92,10 +92,10 @@ SCORES = """
     last = Constant <value_ints: ints = [-1]>()
 """
 
-# log Σ exp over the last axis, which stays, of what is called ``values``.
+# log Σ exp over the last axis, which stays.
 LOG_SUM_EXP = """
-    peak = ReduceMax <keepdims: int = 1>(values, last)
-    below = Sub(values, peak)
+    peak = ReduceMax <keepdims: int = 1>({values}, last)
+    below = Sub({values}, peak)
     powers = Exp(below)
     power_sum = ReduceSum <keepdims: int = 1>(powers, last)
     logarithm = Log(power_sum)
@@ -116,9 +116,9 @@ LAST_TOKEN_LOG_SUM_EXP = function_body(
     padding = Concat <axis: int = 0>(no_padding, missing)
     padded = Pad(scores, padding, masked)
     blocked_shape = Concat <axis: int = 0>(heads, blocks, block)
-    values = Reshape(padded, blocked_shape)
+    blocked = Reshape(padded, blocked_shape)
 """
-    + LOG_SUM_EXP
+    + LOG_SUM_EXP.format(values="blocked")
     + """
     block_lse = Squeeze(lse, last)
 }
@@ -128,8 +128,7 @@ LAST_TOKEN_LOG_SUM_EXP = function_body(
 LAST_TOKEN_ATTENTION = function_body(
     "LastTokenAttention <scale: float>(query, key, is_visual, block_lse) => (attention) {"
     + SCORES
-    + "    values = Identity(block_lse)"
-    + LOG_SUM_EXP
+    + LOG_SUM_EXP.format(values="block_lse")
     + """
     over = Sub(scores, lse)
     shares = Exp(over)

@@ -10,26 +10,11 @@ import triton.language as tl
 
 from .contract import ArgumentSpec, KernelSpec
 from .guidance import KEY_BLOCK
-from .importance_kernels import LN_2, LOG2_E, MIN_DOT_WIDTH, add_keys, dot_rows, load_rows, product_constants
+from .importance_kernels import LN_2, LOG2_E, MIN_DOT_WIDTH, add_keys, dot_rows, load_parts, product_constants
 
 __all__ = ["KERNELS", "LAST_TOKEN_ATTENTION", "LAST_TOKEN_LOG_SUM_EXP"]
 
 LOWEST_LSE = tl.constexpr(-1e30)  # of a block without visual tokens
-
-
-@triton.jit
-def _scores(
-    query, key, key_head, column, length,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr, HEAD_TILE: tl.constexpr,
-):  # fmt: skip
-    """Products of the heads that share a key head with some of its keys. → float32 [HEAD_TILE, columns]"""
-    head = tl.arange(0, HEAD_TILE)
-    heads = query + key_head * (H // KV) * D
-    high = load_rows(heads, head, H // KV, D, 0, HIGH, TYPE)
-    low = high
-    if LOW > 0:
-        low = load_rows(heads, head, H // KV, D, HIGH, LOW, TYPE)
-    return dot_rows(high, low, key + key_head * length * D, column, length, D, HIGH, LOW, TYPE)
 
 
 @triton.jit
@@ -40,14 +25,15 @@ def last_token_log_sum_exp_kernel(
 ):  # fmt: skip
     """λ of one block of keys, for the heads that share a key head; scale > 0."""
     block, key_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head = tl.arange(0, HEAD_TILE)
+    query_high, query_low = load_parts(query + key_head * (H // KV) * D, head, H // KV, D, HIGH, LOW, TYPE)
     peak = tl.full((HEAD_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((HEAD_TILE,), tl.float32)
     for start in range(0, BLOCK, TILE):
         column = block * BLOCK + start + tl.arange(0, TILE)
         visual = tl.load(is_visual + column, mask=column < length, other=0) != 0
-        scores = _scores(query, key, key_head, column, length, H, KV, D, HIGH, LOW, TYPE, HEAD_TILE)
+        scores = dot_rows(query_high, query_low, key + key_head * length * D, column, length, D, HIGH, LOW, TYPE)
         peak, total = add_keys(peak, total, tl.where(visual[None, :], scores, float("-inf")), SCALE * LOG2_E)
-    head = tl.arange(0, HEAD_TILE)
     lse = tl.maximum((peak * (SCALE * LOG2_E) + tl.log2(total)) * LN_2, LOWEST_LSE)
     tl.store(block_lse + (key_head * (H // KV) + head) * blocks + block, lse, mask=head < H // KV)
 
@@ -72,7 +58,9 @@ def last_token_attention_kernel(
             lse = tl.load(block_lse + (key_head * (H // KV) + head[:, None]) * blocks + block[None, :], mask=inside, other=float("-inf"))
             peak, denominator = add_keys(peak, denominator, lse, LOG2_E)
         base = peak * LOG2_E + tl.log2(denominator)
-        scores = _scores(query, key, tl.full((), key_head, tl.int64), column, length, H, KV, D, HIGH, LOW, TYPE, HEAD_TILE)
+        query_high, query_low = load_parts(query + key_head * (H // KV) * D, head, H // KV, D, HIGH, LOW, TYPE)
+        keys = key + tl.full((), key_head, tl.int64) * length * D
+        scores = dot_rows(query_high, query_low, keys, column, length, D, HIGH, LOW, TYPE)
         counts = visual[None, :] & (head[:, None] < H // KV)
         total += tl.sum(tl.where(counts, tl.exp2(scores * (SCALE * LOG2_E) - base[:, None]), 0.0), 0)
     tl.store(attention + column, total / H, mask=column < length)

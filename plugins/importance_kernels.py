@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .contract import ArgumentSpec, KernelSpec
 
-__all__ = ["KERNELS", "MASKED_COLUMN_MEAN", "ROW_LOG_SUM_EXP", "add_keys", "dot_rows", "load_rows", "product_constants"]
+__all__ = ["KERNELS", "MASKED_COLUMN_MEAN", "ROW_LOG_SUM_EXP", "add_keys", "dot_rows", "load_parts", "product_constants"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -46,6 +46,16 @@ def load_rows(matrix, rows, row_total, D: tl.constexpr, FIRST: tl.constexpr, WID
     if INSIDE:
         return tl.load(address, mask=columns[None, :] < D, other=0.0).to(TYPE)
     return tl.load(address, mask=(rows[:, None] < row_total) & (columns[None, :] < D), other=0.0).to(TYPE)
+
+
+@triton.jit
+def load_parts(matrix, rows, row_total, D: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, TYPE: tl.constexpr):
+    """Rows of a matrix [row_total, D] in two parts; the second is the first again where there is none. → TYPE [rows, HIGH], [rows, LOW]"""
+    high = load_rows(matrix, rows, row_total, D, 0, HIGH, TYPE)
+    low = high
+    if LOW > 0:
+        low = load_rows(matrix, rows, row_total, D, HIGH, LOW, TYPE)
+    return high, low
 
 
 @triton.jit
@@ -80,10 +90,7 @@ def row_log_sum_exp_kernel(
     row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
     query += head * rows * D
     key += head * patches * D
-    query_high = load_rows(query, row, rows, D, 0, HIGH, TYPE)
-    query_low = query_high
-    if LOW > 0:
-        query_low = load_rows(query, row, rows, D, HIGH, LOW, TYPE)
+    query_high, query_low = load_parts(query, row, rows, D, HIGH, LOW, TYPE)
     if segment is not None:
         row_segment = tl.load(segment + row, mask=row < rows, other=-1)
     peak = tl.full((ROW_TILE,), float("-inf"), tl.float32)
@@ -130,10 +137,7 @@ def masked_column_mean_kernel(
     query += head * rows * D
     key += head * patches * D
     row_lse += head * rows
-    key_high = load_rows(key, column, patches, D, 0, HIGH, TYPE)
-    key_low = key_high
-    if LOW > 0:
-        key_low = load_rows(key, column, patches, D, HIGH, LOW, TYPE)
+    key_high, key_low = load_parts(key, column, patches, D, HIGH, LOW, TYPE)
     if segment is not None:
         column_segment = tl.load(segment + column, mask=column < patches, other=-1)
     masked_rows, end = _masked_rows(row_mask, rows, SCAN_TILE)

@@ -199,15 +199,7 @@ def group_tokens_kernel(index, slot, members, tokens, survivors, order, start, T
             first += TILE
 
 
-def _keep_top_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    return {"TILE": 2048}
-
-
-def _per_cell_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    return {"TILE": 2048}
-
-
-def _group_constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
+def _constants(values: Mapping[str, Any], precision: str) -> dict[str, Any]:
     return {"TILE": 2048}
 
 
@@ -218,7 +210,7 @@ KEEP_TOP = KernelSpec(
     sizes={"tokens": "S", "count": "M"},
     outputs=(ArgumentSpec("index", "int64", ("M",)),),
     grid=("1", "1", "1"),
-    constants=_keep_top_constants,
+    constants=_constants,
     num_warps=8,
 )
 KEEP_TOP_PER_CELL = KernelSpec(
@@ -238,7 +230,7 @@ KEEP_TOP_PER_CELL = KernelSpec(
         ArgumentSpec("home", "int64", ("C",)),
     ),
     grid=("1", "1", "1"),
-    constants=_per_cell_constants,
+    constants=_constants,
     num_warps=16,
 )
 GROUP_TOKENS = KernelSpec(
@@ -248,7 +240,7 @@ GROUP_TOKENS = KernelSpec(
     sizes={"tokens": "N", "survivors": "M"},
     outputs=(ArgumentSpec("order", "int64", ("N",)), ArgumentSpec("start", "int64", ("M",))),
     grid=("M + 1", "1", "1"),
-    constants=_group_constants,
+    constants=_constants,
     num_warps=8,
 )
 KERNELS = (KEEP_TOP, KEEP_TOP_PER_CELL, GROUP_TOKENS)

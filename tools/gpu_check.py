@@ -38,6 +38,7 @@ from gpu_models import Runtime, available_runtimes, check_model, compare_speed, 
 from gpu_timing import machine_limits, pair_times, scoring_times, time_case
 from torch import Tensor
 from vflow.exporter.checkpoint import open_checkpoint
+from vflow.plugins.contract import Contract, bind
 from vflow.plugins.launch import PRECISION_OF, launch
 
 DTYPES = tuple(PRECISION_OF)
@@ -177,18 +178,23 @@ def check_driver(report: Report, sizes: Sequence[str], device: torch.device, see
                         report.add("driver", label, lambda c=case, d=dtype, a=assembled: _check_compiled(c, d, target, Path(folder), a))  # type: ignore[misc]
 
 
+def compile_case(case: Case, precision: str, target: str, folder: Path) -> Contract:
+    """The case's kernel, compiled into ``folder`` for its inputs."""
+    from vflow.plugins.compile import Kernel, compile_plugins
+
+    arguments = [argument for argument in case.spec.inputs if not argument.optional]
+    values = bind(arguments, [tuple(x.shape) for x in case.inputs]) | case.attributes
+    (contract,) = compile_plugins(folder, [Kernel(case.spec, values, precision)], [target])
+    return contract
+
+
 def _check_compiled(case: Case, dtype: torch.dtype, target: str, folder: Path, assembled: bool) -> dict[str, Any]:
-    from vflow.plugins.compile import TARGETS, compile_kernel
-    from vflow.plugins.contract import bind
+    from vflow.plugins.compile import TARGETS
     from vflow.plugins.driver import DriverKernel
 
     if target not in TARGETS:
         return {"passed": None, "note": f"no target {target}"}
-    arguments = [argument for argument in case.spec.inputs if not argument.optional]
-    values = bind(arguments, [tuple(x.shape) for x in case.inputs]) | case.attributes
-    contract, ptx, cubin = compile_kernel(case.spec, values, PRECISION_OF[dtype], target)
-    (folder / contract.ptx).write_text(ptx, encoding="ascii")
-    (folder / contract.cubin).write_bytes(cubin)
+    contract = compile_case(case, PRECISION_OF[dtype], target, folder)
     stream = torch.cuda.current_stream().cuda_stream
     outputs = DriverKernel(contract, folder, assembled=assembled)(*case.inputs, stream=stream)
     torch.cuda.synchronize()

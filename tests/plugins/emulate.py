@@ -18,29 +18,24 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import torch
 from emulated_kernel import EmulatedKernel
 from gpu_cases import SIZES, Case, cases
-from gpu_check import compare
-from vflow.plugins.compile import TARGETS, compile_kernel
-from vflow.plugins.contract import bind
+from gpu_check import compare, compile_case
+from vflow.plugins.compile import TARGETS
 from vflow.plugins.launch import PRECISION_OF
 
 
-def emulate(case: Case, precision: str, target: str, folder: Path) -> str:
-    """One line about one kernel."""
-    spec, tensors = case.spec, [tensor.contiguous() for tensor in case.inputs]
-    inputs = [argument for argument in spec.inputs if not argument.optional]
-    symbols = bind(inputs, [tuple(tensor.shape) for tensor in tensors])
-    contract, ptx, cubin = compile_kernel(spec, {**symbols, **case.attributes}, precision, target)
-    (folder / contract.ptx).write_text(ptx)
-    (folder / contract.cubin).write_bytes(cubin)
+def emulate(case: Case, precision: str, target: str, folder: Path) -> tuple[bool, str]:
+    """Whether one kernel is right, and a line about it."""
+    contract = compile_case(case, precision, target, folder)
     emulated = EmulatedKernel(contract, folder)
+    tensors = [tensor.contiguous() for tensor in case.inputs]
     outputs = emulated(*tensors)
-    verdict = "right" if compare(case, outputs, case.expected())["passed"] else "WRONG"
+    right = compare(case, outputs, case.expected())["passed"]
     moved = [
         f"{argument.name} {list(tensor.shape)} of {len(memory.data):,} bytes: {memory.loaded:,} read, {memory.stored:,} written"
-        for argument, tensor, memory in zip((*inputs, *spec.outputs), (*tensors, *outputs), emulated.memories, strict=True)
+        for argument, tensor, memory in zip((*contract.inputs, *contract.outputs), (*tensors, *outputs), emulated.memories, strict=True)
     ]
     issued = f"{emulated.kernel.instructions / 1e6:.4g} million instructions of a warp"
-    return "; ".join([f"{spec.op} {precision} {target} {verdict}, {issued}", *moved])
+    return right, "; ".join([f"{contract.op} {precision} {target} {'right' if right else 'WRONG'}, {issued}", *moved])
 
 
 def main() -> int:
@@ -50,14 +45,15 @@ def main() -> int:
     parser.add_argument("--precision", choices=PRECISION_OF.values(), default="fp16")
     parser.add_argument("--target", choices=TARGETS, default="9.0")
     options = parser.parse_args()
-    wrong = False
-    dtype = next(dtype for dtype, name in PRECISION_OF.items() if name == options.precision)
+    passed = True
+    dtype = {name: dtype for dtype, name in PRECISION_OF.items()}[options.precision]
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(SIZES[options.size], dtype, torch.device("cpu"), seed=0):
             if options.ops is None or case.spec.op in options.ops:
-                print(line := emulate(case, options.precision, options.target, Path(folder)), flush=True)
-                wrong |= "WRONG" in line
-    return int(wrong)
+                right, line = emulate(case, options.precision, options.target, Path(folder))
+                print(line, flush=True)
+                passed &= right
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

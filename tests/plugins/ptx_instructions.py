@@ -51,9 +51,7 @@ def _load(parts: list[str], operands: Sequence[str]) -> Step:
         memory, places = block.memory(address(block)[lanes], width)
         values = memory.load(places, lanes, block).view(kind)
         for number, register in enumerate(registers):
-            result = np.zeros(block.threads, register_type(register))
-            result[lanes] = values[:, number]
-            block.write(register, result, mask)
+            block.write_lanes(register, values[:, number], mask)
 
     return step
 

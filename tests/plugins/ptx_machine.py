@@ -47,13 +47,11 @@ class Memory:
         self.loaded += places.size
         thread = np.broadcast_to(threads[:, None], places.shape)
         self._refuse(self._written_elsewhere(places, thread, block), places, "is read while another thread writes it")
-        if waited_for:
-            waited: Array = self.data[places]
-            return waited
-        again = (self._read[places] == block.time) & (self._reader[places] != thread)
-        self._reader[places] = np.where(again, MANY, thread)
-        self._read[places] = block.time
-        self._reader_block[places] = np.where(_other_block(self._reader_block[places], block), MANY, block.number)
+        if not waited_for:
+            again = (self._read[places] == block.time) & (self._reader[places] != thread)
+            self._reader[places] = np.where(again, MANY, thread)
+            self._read[places] = block.time
+            self._reader_block[places] = np.where(_other_block(self._reader_block[places], block), MANY, block.number)
         values: Array = self.data[places]
         return values
 
@@ -123,6 +121,12 @@ class Block:
             return
         values = np.ascontiguousarray(values).view(register_type(register))
         self._registers[register] = values if mask is None else np.where(mask, values, self.read(register))
+
+    def write_lanes(self, register: str, values: Array, mask: Array | None) -> None:
+        """The same with ``values`` for the threads of ``mask`` alone, narrow ones widened by zeros."""
+        result = np.zeros(self.threads, register_type(register))
+        result[self.lanes(mask)] = values
+        self.write(register, result, mask)
 
     def lanes(self, mask: Array | None) -> Array:
         """The threads of a mask."""

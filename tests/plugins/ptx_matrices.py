@@ -7,44 +7,46 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from ptx_machine import MANY, WARP, Array, Block, Memory
-from ptx_operands import Source, Step, all_threads, read_address, read_operand, vector
+from ptx_operands import Step, all_threads, read_address, read_operand, vector
 
 __all__ = ["MATRIX_FORMS", "half_floats", "read_swizzled"]
 
+SWIZZLES = {2: 3, 4: 2, 6: 1}  # a descriptor's mode, of wgmma and tcgen05 alike → log₂ of the 16-byte pieces that are swapped
 
-def _matrix_rows(block: Block, mask: Array | None, address: Source, number: int) -> tuple[Memory, Array, Array]:
-    """Matrix ``number`` of each warp: its memory, the places of its 8 rows of 16 bytes [8 warps, 16], and the threads [warps, 32]."""
-    lanes = block.lanes(mask).reshape(-1, WARP)
-    memory, places = block.memory(address(block)[lanes[:, 8 * number : 8 * number + 8].ravel()], 16)
-    return memory, places, lanes
+
+def _matrix_rows(parts: list[str], address: str) -> Callable[[Block, Array | None, int], tuple[Memory, Array]]:
+    """Where matrix ``number`` of each warp lies: its memory, and the places of its 8 rows of 16 bytes [8 warps, 16]."""
+    if parts[3] != "m8n8" or parts[5:] != ["shared", "b16"]:
+        raise ValueError(parts)
+    source = read_address(address)
+
+    def rows(block: Block, mask: Array | None, number: int) -> tuple[Memory, Array]:
+        lanes = block.lanes(mask).reshape(-1, WARP)
+        return block.memory(source(block)[lanes[:, 8 * number : 8 * number + 8].ravel()], 16)
+
+    return rows
 
 
 def _load_matrix(parts: list[str], operands: Sequence[str]) -> Step:
     """8×8 matrices of 16-bit elements: threads 8i to 8i + 7 say where rows lie, thread l gets elements 2 (l % 4) and + 1 of row l / 4."""
-    registers, address = vector(operands[0]), read_address(operands[1])
-    if parts[3] != "m8n8" or parts[5:] != ["shared", "b16"]:
-        raise ValueError(parts)
+    registers, rows = vector(operands[0]), _matrix_rows(parts, operands[1])
 
     def step(block: Block, mask: Array | None) -> None:
         for number, register in enumerate(registers):
-            memory, places, lanes = _matrix_rows(block, mask, address, number)
-            result = np.zeros(block.threads, np.uint32)
-            result[lanes] = memory.load(places, np.full(len(places), MANY), block).view(np.uint32).reshape(-1, WARP)
-            block.write(register, result, mask)
+            memory, places = rows(block, mask, number)
+            block.write_lanes(register, memory.load(places, np.full(len(places), MANY), block).view(np.uint32).ravel(), mask)
 
     return step
 
 
 def _store_matrix(parts: list[str], operands: Sequence[str]) -> Step:
-    address, registers = read_address(operands[0]), vector(operands[1])
-    if parts[3] != "m8n8" or parts[5:] != ["shared", "b16"]:
-        raise ValueError(parts)
+    rows, registers = _matrix_rows(parts, operands[0]), vector(operands[1])
 
     def step(block: Block, mask: Array | None) -> None:
         for number, register in enumerate(registers):
-            memory, places, lanes = _matrix_rows(block, mask, address, number)
-            values = block.read(register)[lanes].reshape(-1, 1).view(np.uint8)
-            memory.store(places.reshape(-1, 4), values, lanes.ravel(), block)
+            memory, places = rows(block, mask, number)
+            lanes = block.lanes(mask)
+            memory.store(places.reshape(-1, 4), block.read(register)[lanes, None].view(np.uint8), lanes, block)
 
     return step
 
@@ -85,8 +87,9 @@ def _multiply_fragments(parts: list[str], operands: Sequence[str]) -> Step:
     return step
 
 
-def read_swizzled(block: Block, descriptor: int, rows: int, bits: int, *, waited_for: bool = False) -> Array:
+def read_swizzled(block: Block, descriptor: int, rows: int, *, waited_for: bool = False) -> Array:
     """A matrix [rows, 16] of 16-bit elements in shared memory: rows of 2^bits pieces of 16 bytes, which are swapped by the number of the row."""
+    bits = SWIZZLES[descriptor >> 61]
     start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4  # of 8 rows to the next
     row = np.arange(rows)[:, None]
     address = start + row // 8 * stride + row % 8 * (16 << bits) + np.array([0, 16])
@@ -107,7 +110,7 @@ def _multiply_shared(parts: list[str], operands: Sequence[str]) -> Step:
     size, lane = int(shape.group(1)), np.arange(WARP)
 
     def matrix(block: Block, descriptor: int, rows: int) -> Array:
-        return half_floats(read_swizzled(block, descriptor, rows, {1: 3, 2: 2, 3: 1}[descriptor >> 62]), kind)
+        return half_floats(read_swizzled(block, descriptor, rows), kind)
 
     def step(block: Block, mask: Array | None) -> None:
         all_threads(mask)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from ptx_machine import WARP, Array, Block, EmulationError
+from ptx_machine import GARBAGE, WARP, Array, Block, EmulationError
 from ptx_matrices import half_floats, read_swizzled
 from ptx_operands import Step, read_address, read_operand, vector
 
@@ -18,7 +18,6 @@ __all__ = ["WAIT", "compile_tensor_memory", "must_wait", "one_wait"]
 
 WAIT = "mbarrier.wait"  # one instruction in place of the loop that compilers write
 NOTHING = ("dealloc", "relinquish_alloc_permit", "wait", "fence")
-SWIZZLES = {2: 3, 4: 2, 6: 1}  # a descriptor's mode → log₂ of the 16-byte pieces that are swapped
 WAIT_LOOP = re.compile(
     r"\{\s*\.reg\s+\.pred\s+complete;\s*"
     r"waitLoop:\s*mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, ([^;]*);\s*@!complete bra\.uni waitLoop;\s*\}"
@@ -90,7 +89,7 @@ def _allocate(parts: list[str], operands: Sequence[str]) -> Step:
     def step(block: Block, mask: Array | None) -> None:
         if block.tensor_memory.size:
             raise EmulationError("a second allocation is not emulated")
-        block.tensor_memory = np.full((4 * WARP, columns), 0xFBFBFBFB, np.uint32)
+        block.tensor_memory = np.full((4 * WARP, 4 * columns), GARBAGE, np.uint8).view(np.uint32)
         lane = block.lanes(mask)[:1]
         memory, places = block.memory(address(block)[lane], 4)
         memory.store(places, np.zeros((1, 4), np.uint8), lane, block)
@@ -116,7 +115,7 @@ def _multiply(parts: list[str], operands: Sequence[str]) -> Step:
         descriptors = [(int(operand(block)[lane]), count) for operand, count in ((left, rows), (right, columns))]
 
         def operands_now() -> list[Array]:
-            read = [read_swizzled(block, *matrix, SWIZZLES[matrix[0] >> 61], waited_for=True) for matrix in descriptors]
+            read = [read_swizzled(block, *matrix, waited_for=True) for matrix in descriptors]
             return [half_floats(bits, kind) for bits in read]
 
         def product() -> None:
@@ -168,9 +167,7 @@ def _load(parts: list[str], operands: Sequence[str]) -> Step:
     def step(block: Block, mask: Array | None) -> None:
         values = block.tensor_memory[places(block, block.lanes(mask))]
         for number, register in enumerate(registers):
-            result = np.zeros(block.threads, np.uint32)
-            result[block.lanes(mask)] = values[:, number]
-            block.write(register, result, mask)
+            block.write_lanes(register, values[:, number], mask)
 
     return step
 

@@ -24,8 +24,9 @@ from vflow.plugins.contract import PRECISIONS, Contract
 from vflow.plugins.entropy import patch_entropy
 from vflow.plugins.guidance import KEY_BLOCK
 from vflow.plugins.importance import row_log_sum_exp
+from vflow.plugins.launch import PRECISION_OF
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {name: dtype for dtype, name in PRECISION_OF.items()}
 ROUNDING = {"fp32": 2e-6, "fp16": 2**-10, "bf16": 2**-7}
 SCORES = {"atol": 1e-6, "rtol": 2e-5}
 EXACT = {"atol": 0.0, "rtol": 0.0}
