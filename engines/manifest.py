@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 MANIFEST_FORMAT = 1
-FAMILIES = ("qwen2_vl",)
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a number
 WEIGHTS = ("full", "int8", "int4", "fp8")
 TOKENIZER_FILE = "tokenizer.json"
@@ -218,12 +218,17 @@ def _check_consistency(engine: Engine) -> None:
             raise EngineError(f"files does not list {name}")
 
 
-def _sizes(kind: type[Sizes], values: Mapping[str, Any], where: str) -> Sizes:
-    return kind(**{size.name: positive(values, size.name, where) for size in fields(kind)})
+def _sizes(kind: type[Sizes], values: Mapping[str, Any], where: str, **others: Any) -> Sizes:
+    sizes: dict[str, Any] = {size.name: positive(values, size.name, where) for size in fields(kind) if size.name not in others}
+    return kind(**sizes, **others)
 
 
 def _shape(values: Mapping[str, Any]) -> ModelShape:
-    tower = _sizes(TowerShape, field(values, "tower", Mapping, "shape."), "shape.tower.")
+    sizes = {"mlp_matrices": 2, "window": 0, "full_blocks": [], **field(values, "tower", Mapping, "shape.")}  # engines from before windows lack these
+    blocks = field(sizes, "full_blocks", list, "shape.tower.")
+    if not all(type(block) is int and block >= 0 for block in blocks):
+        raise EngineError(f"field shape.tower.full_blocks must be a list of blocks, got {blocks!r:.60}")
+    tower = _sizes(TowerShape, sizes, "shape.tower.", window=count(sizes, "window", "shape.tower."), full_blocks=tuple(blocks))
     decoder = _sizes(DecoderShape, field(values, "decoder", Mapping, "shape."), "shape.decoder.")
     return ModelShape(tower, decoder)
 

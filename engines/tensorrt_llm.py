@@ -6,9 +6,10 @@ schedule for it drops visual tokens in the tower and before the decoder, nowhere
     feed, llm = Feed(engine), load_llm(engine, "folder of the checkpoint")
     outputs = llm.generate([feed.inputs("What is this?", ["photo.jpg"]), feed.inputs("Hello")])
 
-Its LLM API takes embeddings as ``multi_modal_embeddings``, but its processor for Qwen2-VL refuses them, and the related ones guess the image's grid
-from the number of tokens: wrong where some are gone. So a processor of ours takes its place (:func:`register_processor`), which hands on embeddings
-with the M-RoPE positions that survivors have had in the whole image. docs/tensorrt_llm.md says which versions were read. It has not run on a GPU.
+Its LLM API takes embeddings as ``multi_modal_embeddings``, but its processor for these models refuses them, and the related ones guess the image's
+grid from the number of tokens: wrong where some are gone. So a processor of ours takes its place (:func:`register_processor`), which hands on
+embeddings with the M-RoPE positions that survivors have had in the whole image. docs/tensorrt_llm.md says which versions were read. It has not run
+on a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .request import ImageSource, prepare_request, read_request
 
 __all__ = ["Feed", "PrunedPrompt", "check_schedule", "load_llm", "register_processor"]
 
-MODEL_TYPE = "qwen2_vl"
+MODELS = {"qwen2_vl": "Qwen2VLModel", "qwen2_5_vl": "Qwen2_5_VLModel"}  # family → its class, all with the same input processor
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def load_llm(engine: Engine, checkpoint: str | Path, **options: Any) -> Any:
         raise EngineError(
             f"{checkpoint} ({found}) is not the model of this engine ({engine.model_fingerprint}, {engine.model_name}); give the folder of that"
         )
-    register_processor()
+    register_processor(engine.family)
     api = import_module("tensorrt_llm.llmapi")
     caches = options.pop("kv_cache_config", None) or api.KvCacheConfig(enable_block_reuse=False)
     if caches.enable_block_reuse:
@@ -142,8 +143,8 @@ def load_llm(engine: Engine, checkpoint: str | Path, **options: Any) -> Any:
     return api.LLM(model=str(checkpoint), kv_cache_config=caches, **options)
 
 
-def register_processor() -> None:
-    """Put our input processor in the place of TensorRT-LLM's own, for every ``LLM`` of a Qwen2-VL that this process makes from now on.
+def register_processor(family: str) -> None:
+    """Put our input processor in the place of TensorRT-LLM's own, for every ``LLM`` of this family that this process makes from now on.
 
     Pictures that are given to TensorRT-LLM directly, as ``multi_modal_data``, are answered as before, unpruned.
 
@@ -157,8 +158,8 @@ def register_processor() -> None:
         raise EngineError(f"TensorRT-LLM cannot be imported ({error}); pip install 'vflow-export[tensorrt-llm]', on a machine with a GPU") from None
     methods = {"attach_multimodal_embeddings": _attach_multimodal_embeddings}
     processor = type("PrunedQwen2VLInputProcessor", (models.Qwen2VLInputProcessorBase,), methods)
-    placeholders = registry.MULTIMODAL_PLACEHOLDER_REGISTRY.get_placeholder_metadata(MODEL_TYPE)
-    registry.register_input_processor(processor, model_type=MODEL_TYPE, placeholder_metadata=placeholders)(models.Qwen2VLModel)
+    placeholders = registry.MULTIMODAL_PLACEHOLDER_REGISTRY.get_placeholder_metadata(family)
+    registry.register_input_processor(processor, model_type=family, placeholder_metadata=placeholders)(getattr(models, MODELS[family]))
 
 
 def _attach_multimodal_embeddings(

@@ -64,9 +64,13 @@ def cost(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, text
     width, merged = tower.embed_dim, tower.group * tower.embed_dim
     embed = 2 * tokens * tower.group * tower.patch_dim * width + 2 * in_tower[-1] * merged * (merged + decoder.hidden_size)
 
-    def block_flops(alive: int) -> int:
-        patches = alive * tower.group
-        return 2 * patches * (4 * width * width + 2 * width * tower.mlp_dim) + 4 * patches * patches * width
+    # The graphs lay survivors out in whole windows.
+    in_windows = tower.windows(rows) * tower.windows(columns) * (tower.window**2 * tower.group) ** 2 if tower.window else 0
+
+    def block_flops(block: int) -> int:
+        patches = in_tower[block] * tower.group
+        pairs = patches * patches if tower.looks_everywhere(block) else in_windows
+        return 2 * patches * width * (4 * width + tower.mlp_matrices * tower.mlp_dim) + 4 * pairs * width
 
     attention_width, kv_width = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
     per_token = decoder.hidden_size * (2 * attention_width + 2 * kv_width + 3 * decoder.mlp_dim)
@@ -79,7 +83,7 @@ def cost(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, text
     guidance = sum(4 * (in_decoder[stage.layer - 1] + text_tokens) * attention_width for stage in guided)  # products taken twice
     return Cost(
         tower_tokens=in_tower,
-        tower_block_flops=tuple(map(block_flops, in_tower)),
+        tower_block_flops=tuple(map(block_flops, range(tower.blocks))),
         embed_flops=embed,
         scoring_flops=_scoring_flops(schedule, shape, rows, columns),
         decoder_tokens=in_decoder,
@@ -101,12 +105,9 @@ def prefill_flops(schedule: Schedule, shape: ModelShape, grids: Sequence[tuple[i
 def _scoring_flops(schedule: Schedule, shape: ModelShape, rows: int, columns: int) -> int:
     """Attention calls of the scoring and matrix products of the merging, in the form of the ONNX function bodies."""
     tower, tokens = shape.tower, rows * columns
-    scored = [stage.layer - 1 for stage in schedule.tower_stages if stage.layer > 0]
-    if schedule.needs_importance:
-        scored.append(schedule.importance.vision_layer % tower.blocks)
     wide = tower.heads * (tower.head_dim + SCORING_WIDTH)
     settings, total = schedule.importance, 0
-    for block in set(scored):
+    for block in schedule.scoring_blocks(tower):
         patches = keep_count(tokens, schedule.keep_at("tower", block)) * tower.group
         looked_at = keep_count(patches, settings.score_rows)
         total += _lse_flops(looked_at, patches, tower, wide) + 4 * patches * (looked_at + 1) * wide  # then received attention
@@ -156,7 +157,8 @@ def traffic(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, t
     width, merged, hidden = tower.embed_dim, tower.group * tower.embed_dim, decoder.hidden_size
     embed = tower.patch_dim * width + merged * (merged + hidden)
     embed += tokens * tower.group * (tower.patch_dim + width) + counted.tower_tokens[-1] * (3 * merged + hidden)
-    block_weights, block_values = 4 * width * width + 2 * width * tower.mlp_dim, 12 * width + 2 * tower.mlp_dim
+    mlp_width = tower.mlp_matrices * tower.mlp_dim
+    block_weights, block_values = width * (4 * width + mlp_width), 12 * width + mlp_width
     blocks = sum(block_weights + alive * tower.group * block_values for alive in counted.tower_tokens)
 
     attention, kv = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim

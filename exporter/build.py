@@ -26,7 +26,7 @@ from ..engines.triton_server.settings import Settings
 from ..plugins.compile import check_target, compile_plugins, graph_kernels
 from .checkpoint import Checkpoint, CheckpointError
 from .model import check_weights, pruned_graphs, shapes_only
-from .models.qwen2_vl import FAMILY, image_token_ids, model_shape
+from .models import family_of, image_token_ids, model_shape
 from .onnx_writer import write_graphs
 from .onnxruntime_graph import graph_for_onnxruntime
 from .presets import DEFAULT_MAX_TEXT_TOKENS, DEFAULT_MAX_VISUAL_TOKENS
@@ -132,7 +132,7 @@ def build_engine(
         progress("check sums", 0.0)
         manifest.update(
             format=MANIFEST_FORMAT,
-            family=FAMILY,
+            family=family_of(checkpoint.config).name,
             model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
             precision=options.precision,
             weights=options.weights,

@@ -16,7 +16,8 @@ from .weight_files import CheckpointError, fingerprint, weight_files
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2VLConfig
+
+    from .models import ModelConfig
 
 __all__ = ["ALIASES", "Checkpoint", "CheckpointError", "TensorReader", "open_checkpoint", "resolve_model"]
 
@@ -27,8 +28,12 @@ ALIASES: dict[str, str] = {
     "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
     "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
     "qwen2-vl-72b": "Qwen/Qwen2-VL-72B-Instruct",
+    "qwen2.5-vl": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen2.5-vl-32b": "Qwen/Qwen2.5-VL-32B-Instruct",
+    "qwen2.5-vl-72b": "Qwen/Qwen2.5-VL-72B-Instruct",
 }
-FAMILIES = {"qwen2_vl": "Qwen2-VL"}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.json"]
 BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -89,7 +94,7 @@ class Checkpoint:
 
     name: str
     path: Path
-    config: Qwen2VLConfig
+    config: ModelConfig
     tensors: Mapping[str, TensorInfo]
     disk_names: Mapping[str, str]
 
@@ -157,7 +162,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     return Checkpoint(lasting, path, config, tensors, disk_names)
 
 
-def _read_config(path: Path) -> Qwen2VLConfig:
+def _read_config(path: Path) -> ModelConfig:
     file = path / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -165,46 +170,22 @@ def _read_config(path: Path) -> Qwen2VLConfig:
         raise CheckpointError(f"{file}: missing; give the folder of a Hugging Face checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
-    family = values.get("model_type") if isinstance(values, dict) else None
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise CheckpointError(f"{file}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import Qwen2VLConfig
 
+    from .models import FAMILIES
+
+    name = values.get("model_type") if isinstance(values, dict) else None
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise CheckpointError(f"{file}: model_type {name!r} is not supported (supported: {', '.join(FAMILIES)})")
     try:
-        config = Qwen2VLConfig.from_dict(values)
+        config: ModelConfig = family.config.from_dict(values)
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file}: not a valid {FAMILIES[family]} configuration ({_first_line(error)})") from None
-    problem = _config_problem(config)
+        raise CheckpointError(f"{file}: not a valid {family.title} configuration ({_first_line(error)})") from None
+    problem = family.check(config)
     if problem:
         raise CheckpointError(f"{file}: {problem}")
     return config
-
-
-def _config_problem(config: Qwen2VLConfig) -> str | None:
-    """What the graphs would compute wrongly or fail at, of what transformers lets pass."""
-    text, vision = config.text_config, config.vision_config
-    if text.use_sliding_window:
-        return "use_sliding_window is not supported; set it to false if the model was trained without it"
-    rope = text.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
-        return f"rope_type {rope['rope_type']!r} is not supported (supported: default)"
-    sizes = {
-        "text_config": ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"),
-        "vision_config": ("depth", "embed_dim", "num_heads", "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size"),
-    }
-    for part, names in sizes.items():
-        for name in names:
-            if getattr(config, part).__dict__[name] < 1:
-                return f"{part}.{name} must be at least 1"
-    if text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads:
-        return "text_config.num_attention_heads must divide hidden_size into heads of even width, and be a multiple of num_key_value_heads"
-    if vision.embed_dim % (4 * vision.num_heads):
-        return "vision_config.num_heads must divide embed_dim into heads whose width is a multiple of 4"
-    sections = rope.get("mrope_section")
-    if not isinstance(sections, list) or len(sections) != 3 or 2 * sum(sections) != text.hidden_size // text.num_attention_heads:
-        return "text_config.rope_parameters.mrope_section must be three whole numbers that sum to half of the width of a head"
-    return None
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -13,6 +13,7 @@ import click
 
 from ..engines.graphs import RUNTIMES
 from ..engines.manifest import PRECISIONS, WEIGHTS
+from .checkpoint import ALIASES
 from .cli_bench import bench
 from .cli_quality import evaluate, tune
 from .cli_serve import serve
@@ -45,7 +46,7 @@ main.add_command(triton_repository)
 
 
 @main.command()
-@click.option("--model", required=True, help="Alias (tiny, qwen2-vl, qwen2-vl-7b, qwen2-vl-72b), checkpoint folder, or hub id.")
+@click.option("--model", required=True, help=f"Alias ({', '.join(ALIASES)}), checkpoint folder, or hub id.")
 @click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Engine directory to write.")
 @click.option("--keep", type=click.FloatRange(0, 1, min_open=True), help="Average share of visual tokens that decoder layers keep.")
 @click.option("--preset", type=click.Choice(PRESET_NAMES), help=f"Schedule for --keep.  [default: tuned where there is one, else {DEFAULT_PRESET}]")
@@ -85,7 +86,7 @@ def build(
     with one_line_errors():
         from .build import BuildOptions, build_engine
         from .checkpoint import open_checkpoint
-        from .models.qwen2_vl import model_shape
+        from .models import model_shape
         from .report import build_table
         from .schedule import load_schedule, unpruned_schedule
         from .tensorrt.targets import check_targets

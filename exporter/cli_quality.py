@@ -92,7 +92,7 @@ def evaluate(
 
                 from .candidates import method_candidates, schedule_candidates
                 from .checkpoint import open_checkpoint
-                from .models.qwen2_vl import model_shape
+                from .models import model_shape
                 from .reference import ReferenceModel
 
                 if threads is not None:
@@ -172,7 +172,7 @@ def tune(
         from .checkpoint import open_checkpoint
         from .data import CALIBRATION_SEED, generated_samples, read_samples
         from .front import write_front
-        from .models.qwen2_vl import model_shape
+        from .models import model_shape
         from .outputs import check_file, check_folder
         from .report import front_table, schedule_lines
         from .search_space import Budget, SearchSpace, parse_bytes

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.errors import EngineError
-from .models.qwen2_vl.vision import PROTECTED
+from .models import PROTECTED
 
 __all__ = ["Difference", "compare"]
 

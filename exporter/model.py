@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Qwen2VLForConditionalGeneration
 
 from .checkpoint import Checkpoint, CheckpointError, TensorReader
-from .models.qwen2_vl import LanguageGraph, VisionGraph
+from .models import LanguageGraph, VisionGraph, family_of
 from .schedule import Schedule
 from .shape import ModelShape
 
@@ -22,7 +21,7 @@ __all__ = ["check_weights", "load_model", "pruned_graphs", "shapes_only"]
 def shapes_only(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Any]:
     """The model without data, inside the mode in which it can be traced."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        yield Qwen2VLForConditionalGeneration._from_config(checkpoint.config, dtype=dtype)
+        yield family_of(checkpoint.config).model._from_config(checkpoint.config, dtype=dtype)
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -32,7 +31,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         CheckpointError: a missing weight or one of another shape.
     """
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration._from_config(checkpoint.config, dtype=dtype)
+        model = family_of(checkpoint.config).model._from_config(checkpoint.config, dtype=dtype)
     model.to_empty(device="cpu")
     with TensorReader(checkpoint) as reader, torch.no_grad():
         check_weights(checkpoint, model)

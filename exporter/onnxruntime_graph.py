@@ -7,6 +7,8 @@ own operators do neither (docs/benchmarks.md has the figures; github.com/microso
 - ``com.microsoft.GroupQueryAttention`` for causal attention to a cache, in the place of two ``TensorScatter`` and one ``Attention``. It appends to
   the caches, where they lie if input and output are one buffer. It takes a batch of one, or one token a row, which is what language.onnx is for.
 
+Attention in windows stays as it is: its maps are small, and the standard kernel takes about half as long as MultiHeadAttention with a mask.
+
 Not for CUDA: its GroupQueryAttention has no float32, and its standard Attention takes flash attention as it is.
 """
 
@@ -37,10 +39,11 @@ def graph_for_onnxruntime(file: Path) -> ir.Model:
         for node in list(graph):
             if node.domain != "" or node.op_type != "Attention":
                 continue
+            scatters = _extended_caches(node)
             if len(node.inputs) <= MASK:
                 _lower_full(graph, node)
-            elif _sizes(node.inputs[0])[1] % CACHED_HEAD_DIM_MULTIPLE == 0:
-                _lower_cached(graph, node, shared)
+            elif scatters and _sizes(node.inputs[0])[1] % CACHED_HEAD_DIM_MULTIPLE == 0:
+                _lower_cached(graph, node, scatters, shared)
             else:
                 continue
             lowered += 1
@@ -60,14 +63,17 @@ def _lower_full(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
     _replace(graph, node, tape, [(node.outputs[0], tape.op("Unsqueeze", [mixed, axis]))])
 
 
-def _lower_cached(graph: ir.Graph | ir.Function, node: ir.Node, shared: dict[ir.Value, tuple[ir.Value, ...]]) -> None:
-    """Attention of queries [B, H, S, D] to caches that two TensorScatter have extended, causal by lengths or by a mask; ``shared`` holds what layers
+def _extended_caches(node: ir.Node) -> list[ir.Node]:
+    """The two TensorScatter that have extended the keys and values that an attention looks at; none where it looks at no caches."""
+    return [scatter for value in node.inputs[1:3] if value and (scatter := value.producer()) and scatter.op_type == "TensorScatter"]
+
+
+def _lower_cached(graph: ir.Graph | ir.Function, node: ir.Node, scatters: list[ir.Node], shared: dict[ir.Value, tuple[ir.Value, ...]]) -> None:
+    """Attention of queries [B, H, S, D] to caches that ``scatters`` have extended, causal by lengths or by a mask; ``shared`` holds what layers
     of a segment share."""
     tape = Tape()
     query, mask = node.inputs[0], node.inputs[MASK]
     assert query is not None
-    scatters = [scatter for value in node.inputs[1:3] if value and (scatter := value.producer()) and scatter.op_type == "TensorScatter"]
-    assert len(scatters) == 2
     caches, updates = ([scatter.inputs[place] for scatter in scatters] for place in (0, 1))
     heads, head_dim = _sizes(query)
     kv_heads, _ = _sizes(updates[0])

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from .budget import spend_keep
 from .schedule import KEEP_UNIT, Importance, Schedule, ScheduleError, Stage, load_schedule, unpruned_schedule
-from .shape import ModelShape
+from .shape import ModelShape, TowerShape
 
-__all__ = ["DEFAULT_MAX_TEXT_TOKENS", "DEFAULT_MAX_VISUAL_TOKENS", "DEFAULT_PRESET", "PRESETS", "PRESET_NAMES", "preset_schedule", "tuned_keeps",
-           "tuned_schedule"]  # fmt: skip
+__all__ = ["DEFAULT_MAX_TEXT_TOKENS", "DEFAULT_MAX_VISUAL_TOKENS", "DEFAULT_PRESET", "PRESETS", "PRESET_NAMES", "preset_schedule", "tower_places",
+           "tuned_keeps", "tuned_schedule"]  # fmt: skip
 
 TUNED_FOLDER = Path(__file__).parent / "tuned"
 TUNED = ("tuned", "tuned-tower")
@@ -39,7 +39,7 @@ PUBLISHED = {
 FIRST_SHARE = 1.3  # first stage of `progressive`, in average keeps: more tokens early, where the decoder still reads them
 TOWER_KEEPS = (512, 256)  # half of the tokens from the first tower stage on, a quarter from the second
 TOWER_SCORE_ROWS = 256  # a quarter of the rows ranks as well as all on the small model (docs/quality.md), and scoring then costs a quarter
-FIRST_TOWER_BLOCK = 2  # never earlier: block 0's attention ranks no better than chance (docs/algorithm.md, section 4)
+FIRST_TOWER_BLOCK = 2  # of stages by attention; never earlier: block 0's attention ranks no better than chance (docs/algorithm.md, section 4)
 
 
 def preset_schedule(name: str, shape: ModelShape, keep: float, *, fingerprint: str | None = None) -> Schedule:
@@ -97,6 +97,12 @@ def _tuned(fingerprint: str | None) -> dict[tuple[float, bool], Schedule]:
     return found
 
 
+def tower_places(tower: TowerShape) -> tuple[int, ...]:
+    """Blocks before which a stage by attention may stand: right behind one that looks at the whole image, and not behind the last such."""
+    last = tower.ranking_block(tower.blocks - 1)
+    return tuple(block for block in range(FIRST_TOWER_BLOCK, (last or 0) + 1) if tower.looks_everywhere(block - 1))
+
+
 def _progressive(shape: ModelShape, keep: float) -> Schedule:
     return Schedule(stages=_three_stages(shape.decoder.layers, keep, FIRST_SHARE, 1 / FIRST_SHARE))
 
@@ -104,9 +110,10 @@ def _progressive(shape: ModelShape, keep: float) -> Schedule:
 def _tower(shape: ModelShape, keep: float) -> Schedule:
     decoder = _progressive(shape, keep).stages
     first = next((stage.keep for stage in decoder if stage.layer == 0), KEEP_UNIT)
-    early = max(FIRST_TOWER_BLOCK, shape.tower.blocks // 8)
-    places = (early, max(early + 1, 3 * shape.tower.blocks // 8))
-    tower = [Stage("tower", block, max(kept, first)) for block, kept in zip(places, TOWER_KEEPS, strict=True) if block < shape.tower.blocks]
+    open_places, places = tower_places(shape.tower), list[int]()
+    for wished in (shape.tower.blocks // 8, 3 * shape.tower.blocks // 8):
+        places += [place for place in open_places if place >= wished and place not in places][:1]
+    tower = [Stage("tower", block, max(kept, first)) for block, kept in zip(places, TOWER_KEEPS, strict=False)]
     return Schedule(stages=_dropping((*tower, *decoder)), importance=Importance(score_rows=TOWER_SCORE_ROWS))
 
 

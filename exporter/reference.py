@@ -27,7 +27,7 @@ from ..engines.request import ImageSource, prompt_lengths
 from .build import copy_text_files, image_processor
 from .checkpoint import Checkpoint
 from .model import load_model, pruned_graphs
-from .models.qwen2_vl import Embedded, LanguageGraph, VisionGraph, model_shape
+from .models import Embedded, LanguageGraph, VisionGraph, model_shape
 from .schedule import Schedule
 
 __all__ = ["Picture", "Question", "ReferenceModel", "Reply", "TorchBackend", "cosine", "overlap"]

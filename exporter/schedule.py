@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .shape import ModelShape
+from .shape import ModelShape, TowerShape
 
 __all__ = [
     "KEEP_UNIT",
@@ -104,7 +104,8 @@ class Importance:
     Attributes:
         global_threshold: t, tokens that receive more attention than this (1 on average) are global; 0 takes them all.
         entropy_weight: α in [−1, 1], weight of the patches' entropy.
-        vision_layer: tower block whose attention ranks tokens for the decoder; −1 is the last.
+        vision_layer: tower block whose attention ranks tokens for the decoder; −1 is the last. In a tower with windows it is the last block up to
+            this one that looks at the whole image, here as for tower stages.
         score_rows: share of the patches, in 1/1024 and evenly spaced, whose attention is looked at (beyond the paper; 1024 is exact).
     """
 
@@ -196,7 +197,7 @@ class Schedule:
         """Check against a model.
 
         Raises:
-            ScheduleError: a stage or ``vision_layer`` outside the model, or a schedule of another model.
+            ScheduleError: a stage or ``vision_layer`` outside the model or with nothing to rank by, or a schedule of another model.
         """
         if self.model is not None and fingerprint is not None and self.model != fingerprint:
             raise ScheduleError(
@@ -206,13 +207,23 @@ class Schedule:
         for stage in self.stages:
             if stage.layer >= depth[stage.part]:
                 raise ScheduleError(f"stage before {stage.part} {stage.layer}: this model's {stage.part} has layers 0..{depth[stage.part] - 1}")
+        for stage in self.tower_stages:
+            if stage.layer > 0 and shape.tower.ranking_block(stage.layer - 1) is None:
+                raise ScheduleError(f"stage before tower {stage.layer}: no block before it looks at the whole image; {_everywhere(shape)}")
         if not -shape.tower.blocks <= self.importance.vision_layer < shape.tower.blocks:
             raise ScheduleError(f"importance.vision_layer {self.importance.vision_layer}: this model's tower has blocks 0..{shape.tower.blocks - 1}")
-        last_tower = max((s.layer for s in self.tower_stages), default=0)
-        if self.importance.vision_layer % shape.tower.blocks < last_tower and self.needs_importance:
+        if not self.needs_importance:
+            return
+        ranking = shape.tower.ranking_block(self.importance.vision_layer % shape.tower.blocks)
+        if ranking is None:
             raise ScheduleError(
-                f"importance.vision_layer {self.importance.vision_layer} lies before the tower stage at block {last_tower}; "
-                "rank for the decoder with a block after the last tower stage"
+                f"importance.vision_layer {self.importance.vision_layer}: no block up to it looks at the whole image; {_everywhere(shape)}"
+            )
+        last_tower = max((s.layer for s in self.tower_stages), default=0)
+        if ranking < last_tower:
+            raise ScheduleError(
+                f"importance.vision_layer {self.importance.vision_layer}: block {ranking} ranks, which lies before the tower stage at block "
+                f"{last_tower}; rank for the decoder with a block after the last tower stage"
             )
 
     @property
@@ -233,6 +244,13 @@ class Schedule:
     def needs_importance(self) -> bool:
         """Whether tokens are ranked for the decoder by the map; where the last token's attention alone ranks, they are not."""
         return self.first_stage is not None or (bool(self.later_stages) and self.guidance_weight < 1)
+
+    def scoring_blocks(self, tower: TowerShape) -> frozenset[int]:
+        """Tower blocks whose attention ranks tokens, for its stages and for the decoder."""
+        looked_from = [stage.layer - 1 for stage in self.tower_stages if stage.layer > 0]
+        if self.needs_importance:
+            looked_from.append(self.importance.vision_layer % tower.blocks)
+        return frozenset(block for seen in looked_from if (block := tower.ranking_block(seen)) is not None)
 
     def keep_at(self, part: Part, layer: int) -> int:
         """Cumulative keep (of 1024) of the tokens that enter a block or layer."""
@@ -311,6 +329,11 @@ def _build(kind: type[Any], values: Any, where: str) -> Any:
         return kind(**values)
     except TypeError as error:
         raise ScheduleError(f"{where}: {error}".replace("__init__() ", "")) from None
+
+
+def _everywhere(shape: ModelShape) -> str:
+    """Which blocks of a tower with windows rank tokens."""
+    return f"blocks that do: {', '.join(map(str, shape.tower.full_blocks)) or 'none'}"
 
 
 def _order(stage: Stage) -> tuple[int, int]:

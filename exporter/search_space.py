@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .budget import cost, kv_bytes, spend_keep
-from .presets import FIRST_TOWER_BLOCK
+from .presets import tower_places
 from .schedule import KEEP_UNIT, MAX_GLOBAL_THRESHOLD, MAX_PROPORTIONAL_ATTENTION, Importance, RecycledImportance, Schedule, ScheduleError, Stage
 from .shape import ModelShape
 
@@ -110,19 +110,17 @@ class SearchSpace:
         Raises:
             ScheduleError: a budget that cannot be met.
         """
-        blocks = shape.tower.blocks
-        step = max(1, math.ceil((blocks - FIRST_TOWER_BLOCK) / MOST_TOWER_PLACES))
-        tower_places = tuple(range(FIRST_TOWER_BLOCK, blocks, step)) if tower else ()
+        places = tower_places(shape.tower) if tower else ()
+        places = places[:: max(1, math.ceil(len(places) / MOST_TOWER_PLACES))]
         decoder_places = () if paper else tuple(range(1, shape.decoder.layers))
-        space = cls(shape, budget, decoder_places, tower_places, beyond=not paper, guidance=guidance)
+        space = cls(shape, budget, decoder_places, places, beyond=not paper, guidance=guidance)
         space.schedule(space.middle())  # a budget that cannot be met fails here, before anything is computed
         return space
 
     @property
     def entry_blocks(self) -> tuple[int, ...]:
         """Blocks before which a schedule may first differ from the unpruned tower, or behind which one may rank: what is worth keeping of it."""
-        blocks = self.shape.tower.blocks
-        ranking = range(self._first_ranking_block(0) + 1, blocks) if self.beyond else ()
+        ranking = [block + 1 for block in self._ranking_blocks(0)[:-1]] if self.beyond else []
         return tuple(sorted({*self.tower_places, *ranking}))
 
     def middle(self) -> Point:
@@ -259,12 +257,15 @@ class SearchSpace:
 
     def _vision_layer(self, unit: Mapping[str, float], tower: Sequence[Stage]) -> int:
         """The block that ranks for the decoder: the last, or one a little before it, never before a tower stage."""
-        open_blocks = range(self._first_ranking_block(max((stage.layer for stage in tower), default=0)), self.shape.tower.blocks)
+        open_blocks = self._ranking_blocks(max((stage.layer for stage in tower), default=0))
         back = min(int(unit.get("vision_layer", 0.0) * len(open_blocks)), len(open_blocks) - 1)
-        return -1 - back
+        return open_blocks[-1 - back] - self.shape.tower.blocks
 
-    def _first_ranking_block(self, last_stage: int) -> int:
-        return max(last_stage, self.shape.tower.blocks - max(2, self.shape.tower.blocks // 8))
+    def _ranking_blocks(self, last_stage: int) -> list[int]:
+        """Blocks that may rank for the decoder, ascending: at the end of the tower, and looking at the whole image."""
+        tower = self.shape.tower
+        first = max(last_stage, tower.blocks - max(2, tower.blocks // 8))
+        return [block for block in range(first, tower.blocks) if tower.looks_everywhere(block)] or [tower.ranking_block(tower.blocks - 1) or 0]
 
     def _tower_wishes(self, unit: Mapping[str, float]) -> list[tuple[int, float]]:
         """Tower stages as (block, coordinate of the keep)."""

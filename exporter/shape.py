@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +10,12 @@ __all__ = ["DecoderShape", "ModelShape", "TowerShape"]
 
 @dataclass(frozen=True)
 class TowerShape:
-    """Vision tower: full attention over patches, then a merger of ``merge_size``² patches to one visual token."""
+    """Vision tower: attention over patches, then a merger of ``merge_size``² patches to one visual token.
+
+    Attributes:
+        window: side of the square windows, in visual tokens, beyond which a patch does not look; 0: every block looks at the whole image.
+        full_blocks: with windows, the blocks that look at the whole image all the same, ascending.
+    """
 
     blocks: int
     embed_dim: int
@@ -19,6 +23,9 @@ class TowerShape:
     mlp_dim: int
     patch_dim: int  # values of one flattened patch
     merge_size: int
+    mlp_matrices: int = 2  # of embed_dim × mlp_dim in a block; a gated MLP has three
+    window: int = 0
+    full_blocks: tuple[int, ...] = ()
 
     @property
     def head_dim(self) -> int:
@@ -28,6 +35,18 @@ class TowerShape:
     def group(self) -> int:
         """Patches of one visual token."""
         return self.merge_size**2
+
+    def looks_everywhere(self, block: int) -> bool:
+        """Whether a block's attention goes over the whole image: only such attention ranks tokens."""
+        return not self.window or block in self.full_blocks
+
+    def ranking_block(self, block: int) -> int | None:
+        """The block whose attention ranks the tokens as they leave ``block``: the last up to it that looks everywhere; None before the first."""
+        return max(filter(self.looks_everywhere, range(block + 1)), default=None)
+
+    def windows(self, length: int) -> int:
+        """Windows along an axis of ``length`` visual tokens; the image's edge may cut the last. Works on symbolic sizes as well."""
+        return (length + self.window - 1) // self.window  # nothing negative: ONNX rounds towards zero
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,3 @@ class ModelShape:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelShape:
-        return cls(TowerShape(**values["tower"]), DecoderShape(**values["decoder"]))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..plugins.importance import add_entropy, context_relevance, global_tokens, masked_column_mean, received_attention
-from .models.qwen2_vl import Embedded, TowerState, VisionGraph
+from .models import Embedded, TowerState, VisionGraph
 from .reference import Picture, ReferenceModel
 from .schedule import KEEP_UNIT, Importance, Schedule
 
@@ -56,17 +56,19 @@ class SharedTower:
     def __init__(self, reference: ReferenceModel, blocks: Sequence[int] = ()) -> None:
         self._shape = reference.shape
         self._plain, _ = reference.graphs(Schedule())
-        self._entries = sorted({*blocks, self._shape.tower.blocks} - {0})
+        tower = self._shape.tower
+        entries = {*blocks, tower.blocks} - {0}
+        ranking = (tower.ranking_block(block - 1) for block in entries)
+        self._kept = sorted({*entries, *(block for block in ranking if block is not None)})
 
     @torch.inference_mode()
     def walk(self, picture: Picture, *, keep_finals: bool = False) -> WalkedTower:
         """Compute what is shared."""
         state = self._plain.begin(picture.pixel_values, picture.entropy, picture.tokens)
         states, position = {0: state}, 0
-        for block in self._entries:
-            for place in (block - 1, block):
-                state = self._plain.run_blocks(state, position, place)
-                states[place], position = state, place
+        for place in self._kept:
+            state = self._plain.run_blocks(state, position, place)
+            states[place], position = state, place
         return WalkedTower(picture, states, self._plain.merge(state), {} if keep_finals else None)
 
     @torch.inference_mode()
@@ -74,7 +76,7 @@ class SharedTower:
         """visual_embeds, importance and index of a picture under ``graph``'s schedule."""
         schedule = graph.schedule
         counts = bool(schedule.proportional_attention)  # how many tokens each stands for
-        key = (type(graph), schedule.tower_stages, frozenset(graph.scoring_blocks), schedule.importance, counts)
+        key = (type(graph), schedule.tower_stages, graph.scoring_blocks, schedule.importance, counts)
         if walked.finals is not None and key in walked.finals:
             state, visual_embeds = walked.finals[key]
         else:
@@ -92,8 +94,7 @@ class SharedTower:
             return graph.run_blocks(graph.begin(picture.pixel_values, picture.entropy, picture.tokens), 0, blocks)
         first = schedule.tower_stages[0].layer if schedule.tower_stages else blocks
         ranked = min(graph.scoring_blocks, default=blocks)  # the first block that is scored
-        known = {ranked, ranked + 1} <= set(walked.states) and (not schedule.tower_stages or ranked == first - 1)
-        if ranked == blocks or (type(graph).score is VisionGraph.score and first in walked.states and known):
+        if ranked == blocks or (type(graph).score is VisionGraph.score and {first, ranked} <= walked.states.keys()):
             state = walked.states[first]
             if graph.scoring_blocks:
                 scoring = self._scoring(walked, ranked)

@@ -22,7 +22,7 @@ from torch.export import Dim
 
 from ..plugins import compaction, guidance, importance
 from ..plugins.node import DOMAIN, OPSET, VERSION
-from .models.qwen2_vl import LanguageGraph, VisionGraph
+from .models import LanguageGraph, VisionGraph
 from .schedule import Schedule
 from .shape import ModelShape
 

@@ -31,7 +31,7 @@ from ..engines.session import Session
 from .build import PRECISIONS, BuildOptions, build_engine
 from .checkpoint import Checkpoint, CheckpointError
 from .model import load_model, pruned_graphs
-from .models.qwen2_vl.vision import PROTECTED
+from .models import PROTECTED
 from .random_rounding import RandomRounding
 from .reference import TorchBackend
 from .schedule import unpruned_schedule

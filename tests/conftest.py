@@ -81,13 +81,22 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def random_model(seed: int, *, tied: bool = True) -> Any:
-    """A Hugging Face Qwen2-VL with random weights."""
+# Windows of 2 × 2 visual tokens; blocks 1 and 3 look at the whole image.
+WINDOWED_TOWER: dict[str, Any] = {
+    "depth": 4, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 44, "patch_size": PATCH_SIZE,
+    "window_size": 4 * PATCH_SIZE, "fullatt_block_indexes": [1, 3],
+}  # fmt: skip
+
+
+def random_model(seed: int, *, tied: bool = True, windowed: bool = False) -> Any:
+    """A Hugging Face Qwen2-VL with random weights; ``windowed``: a Qwen2.5-VL."""
     import torch
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from vflow.exporter.models import QWEN2_5_VL, QWEN2_VL
 
     torch.set_num_threads(1)  # quicker than two at this size
-    model = Qwen2VLForConditionalGeneration._from_config(Qwen2VLConfig(**{**CONFIG, "tie_word_embeddings": tied}), dtype=torch.float32)
+    family = QWEN2_5_VL if windowed else QWEN2_VL
+    values = {**CONFIG, "tie_word_embeddings": tied, **({"vision_config": WINDOWED_TOWER} if windowed else {})}
+    model = family.model._from_config(family.config(**values), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -121,6 +130,15 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint in fp32: 3 tower blocks, 4 decoder layers, head tied to the embedding. Tests must not change it."""
     folder = tmp_path_factory.mktemp("model") / "random"
     random_model(1).save_pretrained(folder)
+    write_text_files(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def windowed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2.5-VL of the same decoder: 4 tower blocks, of which two look at windows. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("model") / "windowed"
+    random_model(1, windowed=True).save_pretrained(folder)
     write_text_files(folder)
     return folder
 

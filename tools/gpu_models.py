@@ -22,7 +22,7 @@ from vflow.engines import Session
 from vflow.engines.manifest import Engine
 from vflow.exporter.build import BuildOptions, build_engine
 from vflow.exporter.checkpoint import Checkpoint, open_checkpoint
-from vflow.exporter.models.qwen2_vl import model_shape
+from vflow.exporter.models import model_shape
 from vflow.exporter.presets import preset_schedule
 from vflow.exporter.schedule import KEEP_UNIT, Schedule, Stage, unpruned_schedule
 from vflow.exporter.tensorrt.library import MODULES

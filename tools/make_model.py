@@ -1,4 +1,4 @@
-"""Make a checkpoint of any Qwen2-VL shape with random weights, to measure sizes and times without a download.
+"""Make a checkpoint of a published shape with random weights, to measure sizes and times without a download.
 
     python tools/make_model.py --shape 2b --output out/model-2b
 
@@ -12,24 +12,30 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from vflow.exporter.checkpoint import resolve_model
+from vflow.exporter.checkpoint import open_checkpoint, resolve_model
+from vflow.exporter.models import QWEN2_5_VL, QWEN2_VL, Family, ModelConfig, family_of
 
 SHARD_BYTES = 1 << 30
 STD = 0.02
-# text: hidden, MLP, layers, heads, KV heads, tied; the tower is the same in all sizes (public configurations of Qwen2-VL)
-SHAPES = {"2b": (1536, 8960, 28, 12, 2, True), "7b": (3584, 18944, 28, 28, 4, False)}
+# text: hidden, MLP, layers, heads, KV heads, tied; a family's tower is the same in all sizes (public configurations)
+SHAPES: dict[str, tuple[Family, tuple[int, int, int, int, int, bool]]] = {
+    "2b": (QWEN2_VL, (1536, 8960, 28, 12, 2, True)),
+    "7b": (QWEN2_VL, (3584, 18944, 28, 28, 4, False)),
+    "2.5-3b": (QWEN2_5_VL, (2048, 11008, 36, 16, 2, True)),
+    "2.5-7b": (QWEN2_5_VL, (3584, 18944, 28, 28, 4, False)),
+}
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 PROCESSOR = "preprocessor_config.json"
 MAX_PIXELS = 16_384 * 28 * 28  # as in the public configurations; the small model's own is 1,280 visual tokens
 
 
-def shape_config(name: str, small: Qwen2VLConfig) -> Qwen2VLConfig:
+def shape_config(name: str, small: ModelConfig) -> ModelConfig:
     """A public shape with the small model's token ids."""
-    hidden, mlp, layers, heads, kv_heads, tied = SHAPES[name]
+    family, (hidden, mlp, layers, heads, kv_heads, tied) = SHAPES[name]
     text = {
         "vocab_size": 151_936 if tied else 152_064,
         "hidden_size": hidden,
@@ -43,9 +49,13 @@ def shape_config(name: str, small: Qwen2VLConfig) -> Qwen2VLConfig:
         "eos_token_id": small.text_config.eos_token_id,
         "pad_token_id": small.text_config.pad_token_id,
     }
-    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": hidden, "num_heads": 16, "mlp_ratio": 4}
+    vision: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "hidden_size": hidden, "num_heads": 16, "mlp_ratio": 4}
+    if family is QWEN2_5_VL:
+        windows = {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+        vision = {"depth": 32, "hidden_size": 1280, "out_hidden_size": hidden, "num_heads": 16, "intermediate_size": 3420, **windows}
     ids = {key: getattr(small, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+    config: ModelConfig = family.config(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+    return config
 
 
 def main() -> None:
@@ -56,9 +66,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where the numbers are drawn")
     args = parser.parse_args()
     tiny = resolve_model("tiny")
-    config = shape_config(args.shape, Qwen2VLConfig.from_pretrained(tiny))
+    config = shape_config(args.shape, open_checkpoint("tiny").config)
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.float16)
+        model = family_of(config).model._from_config(config, dtype=torch.float16)
     args.output.mkdir(parents=True)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     names = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
@@ -80,7 +90,7 @@ def main() -> None:
             weight_map |= dict.fromkeys(shard, file)
             shard, size = {}, 0
     (args.output / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    config.architectures = ["Qwen2VLForConditionalGeneration"]
+    config.architectures = [family_of(config).model.__name__]
     config.save_pretrained(args.output)
     for file in COPIED:
         shutil.copy(tiny / file, args.output / file)

@@ -11,7 +11,7 @@ import time
 import torch
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.data import CALIBRATION_SEED, generated_samples
-from vflow.exporter.models.qwen2_vl import model_shape
+from vflow.exporter.models import model_shape
 from vflow.exporter.presets import PRESETS, preset_schedule, tuned_schedule
 from vflow.exporter.tiny.trained import BENCH_KINDS
 from vflow.exporter.tune import FlowObjective

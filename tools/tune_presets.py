@@ -21,7 +21,7 @@ import torch
 from vflow.exporter.build import image_processor
 from vflow.exporter.checkpoint import Checkpoint, open_checkpoint
 from vflow.exporter.data import CALIBRATION_SEED, CalibrationSample, generated_samples
-from vflow.exporter.models.qwen2_vl import model_shape
+from vflow.exporter.models import model_shape
 from vflow.exporter.report import schedule_lines
 from vflow.exporter.schedule import Schedule
 from vflow.exporter.search_space import Budget, SearchSpace

@@ -1,6 +1,6 @@
 """onnxruntime-genai: the text decoder alone, as its own model builder makes it.
 
-Its builder (0.18) knows Qwen2.5-VL and Qwen3-VL but not Qwen2-VL, and exports of both the decoder only. So the decoder is given to it as what it is
+Its builder (0.18) knows Qwen2.5-VL and Qwen3-VL but not Qwen2-VL, and exports of both the decoder only. So any decoder is given to it as what it is
 without images, a Qwen2: the same layers with one rotary position a token instead of three. Prompts have as many tokens as with an image, and there is
 no vision tower in the time to first token.
 """

@@ -1,4 +1,4 @@
-"""A Qwen2-VL checkpoint's decoder as the Qwen2 checkpoint that it is without images: what onnxruntime-genai's model builder takes.
+"""A checkpoint's decoder as the Qwen2 checkpoint that it is without images: what onnxruntime-genai's model builder takes.
 
 python -m vflow.exporter.bench.genai_text MODEL FOLDER
 """

@@ -22,7 +22,7 @@ __all__ = ["HuggingFaceSubject"]
 
 
 class HuggingFaceSubject:
-    """``Qwen2VLForConditionalGeneration`` on the engine's checkpoint."""
+    """The family's ``…ForConditionalGeneration`` on the engine's checkpoint."""
 
     def __init__(self, spec: SubjectSpec) -> None:
         torch.set_num_threads(spec.threads)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..budget import spend_keep
-from ..models.qwen2_vl import LanguageGraph, VisionGraph
+from ..models import LanguageGraph, VisionGraph
 from ..schedule import Schedule, Stage
 from ..shape import ModelShape
 

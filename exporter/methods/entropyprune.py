@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...plugins.compaction import keep_top
 from ..budget import spend_keep
-from ..models.qwen2_vl import Compacted, LanguageGraph, TowerState, VisionGraph
+from ..models import Compacted, LanguageGraph, TowerState, VisionGraph
 from ..schedule import KEEP_UNIT, Schedule, Stage, keep_count
 from ..shape import ModelShape
 from .base import Method, single_stage

@@ -6,8 +6,9 @@ into the survivor most like it, by a mean weighted with the attention received.
 
 Not on the paper's public pages, and chosen: the three are brought to mean 0 and deviation 1 and count alike; cosines are those of hidden states, a
 token's patches as one vector; similarity looks only at tokens with more attention, so that of two equal ones the attended one stays; the run starts
-at a third of the depth and not before block 2 (docs/algorithm.md, section 4), and skips no block. At budget keep: token numbers fall geometrically
-and reach keep before the last block, so that last block, merger and decoder see exactly the budget.
+at a third of the depth, not before block 2 (docs/algorithm.md, section 4) and in a tower with windows behind a block that looks at the whole image,
+and skips no block. At budget keep: token numbers fall geometrically and reach keep before the last block, so that last block, merger and decoder see
+exactly the budget.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ...plugins.compaction import keep_top, merge_by_slot
 from ..budget import spend_keep
-from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
+from ..models import Compacted, TowerState, VisionGraph
 from ..schedule import KEEP_UNIT, Schedule, ScheduleError, Stage, keep_count
 from ..shape import ModelShape
 from .base import Method
@@ -62,7 +63,7 @@ def _schedule(shape: ModelShape, keep: float) -> Schedule:
     if keep == 1:
         return Schedule()
     blocks = shape.tower.blocks
-    start = max(FIRST_BLOCK, blocks // DEPTH_PARTS)
+    start = max(FIRST_BLOCK, blocks // DEPTH_PARTS, *[block + 1 for block in shape.tower.full_blocks[:1]])
     if start >= blocks:
         raise ScheduleError(f"evoprune prunes from tower block {start} on: this model's tower has {blocks} blocks; take a deeper one")
     (last,) = spend_keep(shape.decoder.layers, keep, (0,), lambda number, least, most: most)

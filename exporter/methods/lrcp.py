@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...plugins.compaction import keep_top
-from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
+from ..models import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
 from .base import Method, single_stage
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...plugins.compaction import keep_top
 from ...plugins.importance import masked_column_mean, row_log_sum_exp
-from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
+from ..models import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
 from .base import Method, single_stage
 

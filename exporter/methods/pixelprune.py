@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..budget import spend_keep
-from ..models.qwen2_vl import VisionGraph
+from ..models import VisionGraph
 from ..schedule import Schedule, Stage
 from ..shape import ModelShape
 from .base import Method

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..models.qwen2_vl import TowerState, VisionGraph
+from ..models import TowerState, VisionGraph
 from .base import Method, single_stage
 
 __all__ = ["RANDOM", "RandomVision"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
+from ..models import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
 from .base import Method, single_stage
 

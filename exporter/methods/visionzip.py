@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...plugins.compaction import keep_top, merge_by_slot
 from ...plugins.importance import received_attention
-from ..models.qwen2_vl import Compacted, TowerState, VisionGraph
+from ..models import Compacted, TowerState, VisionGraph
 from ..schedule import Stage, keep_count
 from .base import Method, single_stage
 

@@ -27,6 +27,7 @@ CONTRACT = {
     "tensorrt_llm._torch.models.modeling_qwen2vl:Qwen2VLInputProcessorBase.get_mrope_config": ("input_ids", "image_grid_thw", "video_grid_thw",
                                                                                                "attention_mask"),
     "tensorrt_llm._torch.models.modeling_qwen2vl:Qwen2VLModel": ("model_config",),
+    "tensorrt_llm._torch.models.modeling_qwen2vl:Qwen2_5_VLModel": ("model_config",),
 }  # fmt: skip
 # multimodal_data["mrope_config"]: name → shape for a prompt of S tokens, dtype.
 MROPE_CONFIG = {"mrope_position_ids": ((3, 1, "S"), "int64"), "mrope_position_deltas": ((1, 1), "int32")}
@@ -79,9 +80,16 @@ class Qwen2VLModel:
     def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None: ...
 
 
+class Qwen2_5_VLModel:  # noqa: N801  # its name there
+    def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+MODELS: dict[str, type] = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel}  # by model_type
+
+
 class Registry:
     def __init__(self) -> None:
-        self.metadata: dict[str, Any] = {"qwen2_vl": object()}
+        self.metadata: dict[str, Any] = {model_type: object() for model_type in MODELS}
         self.processors: dict[type, type] = {}
 
     def get_placeholder_metadata(self, model_type: str) -> Any:
@@ -89,7 +97,7 @@ class Registry:
 
     def register_input_processor(self, processor_cls: type, model_type: str, placeholder_metadata: Any = None) -> Any:
         def wrapper(model_cls: type) -> type:
-            assert placeholder_metadata is self.metadata[model_type]
+            assert placeholder_metadata is self.metadata[model_type] and model_cls is MODELS[model_type]
             self.processors[model_cls] = processor_cls
             return model_cls
 
@@ -102,11 +110,13 @@ class LLM:
     registry: Registry
 
     def __init__(self, model: str, tokenizer: Any = None, *, kv_cache_config: Any = None, max_tokens: int = 8, **kwargs: Any) -> None:
-        from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-        self.model = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype="float32").eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(model, dtype="float32").eval()
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(model) / "tokenizer.json"))
-        self.input_processor = self.registry.processors[Qwen2VLModel](model, self.model.config, self.tokenizer, trust_remote_code=True)
+        self.input_processor = self.registry.processors[MODELS[self.model.config.model_type]](
+            model, self.model.config, self.tokenizer, trust_remote_code=True
+        )
         self.kv_cache_config, self.max_tokens, self.options = kv_cache_config or KvCacheConfig(), max_tokens, kwargs
 
     def generate(self, inputs: Any, sampling_params: Any = None) -> Any:
@@ -163,7 +173,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, earlier: bool = False) -> Regist
     """Put the stand-in where ``tensorrt_llm`` is imported from; ``earlier`` makes it that before 2026."""
     registry = Registry()
     processor = EarlierInputProcessor if earlier else Qwen2VLInputProcessorBase
-    registry.processors[Qwen2VLModel] = processor
+    registry.processors |= dict.fromkeys(MODELS.values(), processor)
     contents: dict[str, dict[str, Any]] = {
         "tensorrt_llm": {},
         "tensorrt_llm.llmapi": {"LLM": type("LLM", (LLM,), {"registry": registry}), "KvCacheConfig": KvCacheConfig},
@@ -175,7 +185,11 @@ def install(monkeypatch: pytest.MonkeyPatch, *, earlier: bool = False) -> Regist
         },
         "tensorrt_llm._torch": {},
         "tensorrt_llm._torch.models": {},
-        "tensorrt_llm._torch.models.modeling_qwen2vl": {"Qwen2VLInputProcessorBase": processor, "Qwen2VLModel": Qwen2VLModel},
+        "tensorrt_llm._torch.models.modeling_qwen2vl": {
+            "Qwen2VLInputProcessorBase": processor,
+            "Qwen2VLModel": Qwen2VLModel,
+            "Qwen2_5_VLModel": Qwen2_5_VLModel,
+        },
     }
     for name, values in contents.items():
         module = ModuleType(name)

@@ -38,6 +38,7 @@ SCHEDULES = {
     "tower alone": Schedule((Stage("tower", 1, 500),)),
     "renumbered": Schedule((Stage("decoder", 0, 400),), renumber_first_stage=True),
 }
+WINDOWED = Schedule((Stage("tower", 2, 600), Stage("decoder", 0, 300, 2.0)))
 PROMPT = "how many objects are there ?"
 IMAGES = [picture(5, 6, seed=1), picture(3, 4, seed=2)]
 
@@ -131,6 +132,12 @@ def test_a_runtime_that_knows_nothing_of_pruning_gives_the_same_answer(
     np.testing.assert_allclose(llm.prefill_logits, expected, rtol=0, atol=LOGITS)
 
 
+def test_a_tower_that_looks_at_windows_gives_the_same_answer_too(build: Any, windowed_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_a_runtime_that_knows_nothing_of_pruning_gives_the_same_answer(
+        build(windowed_checkpoint, WINDOWED), windowed_checkpoint, monkeypatch, 2, False
+    )
+
+
 @pytest.mark.parametrize("change", ["position_ids", "position_delta", "embeddings"])
 def test_the_comparison_notices_what_is_wrong(build: Any, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     engine = build(random_checkpoint, SCHEDULES["one stage"])
@@ -215,7 +222,7 @@ def test_positions_have_the_shape_and_dtype_of_its_own_processor(api: str, build
     theirs._config = SimpleNamespace(image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_config=SimpleNamespace(spatial_merge_size=2))
     published.check_mrope_config(theirs.get_mrope_config(torch.ones(1, 7, dtype=torch.int64), None, None, None), 7)
 
-    register_processor()
+    register_processor("qwen2_vl")
     registry = import_module("tensorrt_llm.inputs.registry")
     table = getattr(registry, "INPUT_PROCESSOR_REGISTRY", None)
     processors = table._input_processors_cls_by_model_type if table else registry.MULTIMODAL_PLACEHOLDER_REGISTRY.processors

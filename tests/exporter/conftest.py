@@ -26,5 +26,10 @@ def model(random_checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def windowed_model(windowed_checkpoint: Path) -> Any:
+    return load_model(open_checkpoint(str(windowed_checkpoint)), torch.float32)
+
+
+@pytest.fixture(scope="session")
 def untied_model(untied_checkpoint: Path) -> Any:
     return load_model(open_checkpoint(str(untied_checkpoint)), torch.float32)

@@ -28,7 +28,10 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", torch.zeros(1, dtype=torch.float64))
 
 
-def layer_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
+def tower_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
+    """A layer norm, or where there is no bias a root-mean-square norm."""
+    if f"{name}.bias" not in weights:
+        return rms_norm(x, weights[f"{name}.weight"], 1e-6)
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
@@ -45,8 +48,9 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def attention_map(query: Tensor, key: Tensor, *, causal: bool = False, bias: list[float] | None = None) -> Tensor:
-    """[H, S, S] from query [S, H, D] and key [S, KV, D]; ``bias`` [S] is added to the scores of each key."""
+def attention_map(query: Tensor, key: Tensor, *, causal: bool = False, bias: list[float] | None = None, windows: list[Any] | None = None) -> Tensor:
+    """[H, S, S] from query [S, H, D] and key [S, KV, D]; ``bias`` [S] is added to the scores of each key; nobody looks out of its own of ``windows``
+    [S]."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(query.shape[-1])
     if bias is not None:
@@ -55,6 +59,8 @@ def attention_map(query: Tensor, key: Tensor, *, causal: bool = False, bias: lis
         size = scores.shape[-1]
         for i in range(size):
             scores[:, i, i + 1 :] = -math.inf
+    if windows is not None:
+        scores = scores.masked_fill(torch.tensor([[a != b for b in windows] for a in windows]), -math.inf)
     return scores.softmax(-1)
 
 
@@ -113,20 +119,33 @@ def prune(
     return torch.stack(merged), importance, together, places
 
 
+def tower_mlp(x: Tensor, weights: Weights, name: str) -> Tensor:
+    if f"{name}.gate_proj.weight" in weights:
+        gate = torch.nn.functional.silu(linear(x, weights, f"{name}.gate_proj"))
+        return linear(gate * linear(x, weights, f"{name}.up_proj"), weights, f"{name}.down_proj")
+    hidden = linear(x, weights, f"{name}.fc1")
+    return linear(hidden * torch.sigmoid(1.702 * hidden), weights, f"{name}.fc2")
+
+
 def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: int) -> tuple[Tensor, list[float], list[int], list[int]]:
     """One image [rows, columns, G, patch_dim] through tower, merger and first stage: embeds [M, H], importance, index, how many each stands for."""
     w, config = weights_of(model), model.config.vision_config
     rows, columns, group, _ = pixels.shape
     side, heads = config.spatial_merge_size, config.num_heads
-    head_dim = config.embed_dim // heads
+    width = w["visual.patch_embed.proj.weight"].shape[0]
+    head_dim = width // heads
+    looking_everywhere = getattr(config, "fullatt_block_indexes", range(config.depth))
+    window = getattr(config, "window_size", 0) // (config.patch_size * side)  # in tokens
     x = pixels.double().reshape(-1, pixels.shape[-1]) @ w["visual.patch_embed.proj.weight"].flatten(1).T
     patches, bits = pixels.double().reshape(rows * columns, -1), entropy.double().reshape(rows * columns, group)
     places = [(r * side + g // side, c * side + g % side) for r in range(rows) for c in range(columns) for g in range(group)]
     frequencies = [10_000.0 ** (-k / (head_dim // 4)) for k in range(head_dim // 4)]
     angles = torch.tensor([[r * f for f in frequencies] + [c * f for f in frequencies] for r, c in places], dtype=torch.float64)
     index, score, stands = list(range(rows * columns)), [0.0] * (rows * columns), [1] * (rows * columns)
-    last = schedule.importance.vision_layer % config.depth
-    ranks_for_decoder = any(stage.part == "decoder" for stage in schedule.stages)
+    ranked_from = [stage.layer - 1 for stage in schedule.stages if stage.part == "tower" and stage.layer > 0]
+    if any(stage.part == "decoder" for stage in schedule.stages):
+        ranked_from.append(schedule.importance.vision_layer % config.depth)
+    ranking = {max(b for b in looking_everywhere if b <= seen) for seen in ranked_from}
 
     def take(tensor: Tensor, kept: list[int]) -> Tensor:
         return tensor.reshape(-1, group, tensor.shape[-1])[kept].flatten(0, 1)
@@ -138,19 +157,19 @@ def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: i
                     score = [float(patches[i].std(correction=0) + bits[i].mean() / 8) for i in index]
                 wide = x.reshape(len(index), -1)
                 wide, score, stands, kept = prune(wide, score, stands, index, count_of(budget, stage.keep), stage.recycle, rows, columns, "own")
-                x, angles = wide.reshape(-1, config.embed_dim), take(angles, kept)
+                x, angles = wide.reshape(-1, width), take(angles, kept)
                 index = [index[i] for i in kept]
         name = f"visual.blocks.{number}"
-        qkv = linear(layer_norm(x, w, f"{name}.norm1"), w, f"{name}.attn.qkv").reshape(-1, 3, heads, head_dim)
-        attention = attention_map(rotate(qkv[:, 0], angles), rotate(qkv[:, 1], angles))
-        if (ranks_for_decoder and number == last) or any(s.part == "tower" and s.layer == number + 1 for s in schedule.stages):
+        qkv = linear(tower_norm(x, w, f"{name}.norm1"), w, f"{name}.attn.qkv").reshape(-1, 3, heads, head_dim)
+        windows = [(i // columns // window, i % columns // window) for i in index for _ in range(group)] if number not in looking_everywhere else None
+        attention = attention_map(rotate(qkv[:, 0], angles), rotate(qkv[:, 1], angles), windows=windows)
+        if number in ranking:
             s = relevance(attention, schedule.importance.global_threshold, schedule.importance.score_rows)
             s = s + schedule.importance.entropy_weight * bits[index].flatten().softmax(0)
             score = s.reshape(-1, group).mean(1).tolist()
         x = x + linear(mix(attention, qkv[:, 2]), w, f"{name}.attn.proj")
-        hidden = linear(layer_norm(x, w, f"{name}.norm2"), w, f"{name}.mlp.fc1")
-        x = x + linear(hidden * torch.sigmoid(1.702 * hidden), w, f"{name}.mlp.fc2")
-    merged = layer_norm(x, w, "visual.merger.ln_q").reshape(len(index), -1)
+        x = x + tower_mlp(tower_norm(x, w, f"{name}.norm2"), w, f"{name}.mlp")
+    merged = tower_norm(x, w, "visual.merger.ln_q").reshape(len(index), -1)
     embeds = linear(torch.nn.functional.gelu(linear(merged, w, "visual.merger.mlp.0")), w, "visual.merger.mlp.2")
     first = next((s for s in schedule.stages if s.part == "decoder" and s.layer == 0), None)
     if first is not None:

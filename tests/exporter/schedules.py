@@ -1,4 +1,4 @@
-"""Schedules that between them use every option."""
+"""Schedules that between them use every option, and those of the model whose tower looks at windows but for blocks 1 and 3."""
 
 from __future__ import annotations
 
@@ -25,4 +25,14 @@ SCHEDULES: dict[str, Schedule] = {
         proportional_attention=1.7,
     ),
     "guidance alone": Schedule((Stage("decoder", 0, 700), Stage("decoder", 3, 300)), guidance_weight=1.0),
+}
+
+WINDOWED_SCHEDULES: dict[str, Schedule] = {
+    "windows": Schedule((Stage("tower", 2, 600, 2.0), Stage("decoder", 0, 400), Stage("decoder", 2, 150)), Importance(1.3, 0.3), guidance_weight=0.3),
+    "windows, twice by one block": Schedule(  # of a tower stage between blocks that look everywhere, the earlier of these ranks
+        (Stage("tower", 0, 900, 3.0), Stage("tower", 2, 700), Stage("tower", 3, 500), Stage("decoder", 0, 300, 2.5)),
+        Importance(entropy_weight=-0.4),
+        proportional_attention=1.5,
+    ),
+    "windows, decoder ranked earlier": Schedule((Stage("decoder", 0, 450),), Importance(vision_layer=-2)),  # which is block 1
 }

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vflow.exporter.budget import cost, kv_bytes, spend_keep
+from vflow.exporter.budget import cost, kv_bytes, spend_keep, traffic
 from vflow.exporter.presets import PRESETS, preset_schedule
 from vflow.exporter.schedule import Importance, Schedule, ScheduleError, Stage, unpruned_schedule
 from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
@@ -23,15 +23,16 @@ def matmul(rows: int, inner: int, columns: int) -> int:
     return sum(2 for _ in range(rows) for _ in range(inner) for _ in range(columns))
 
 
-def count_by_hand(shape: ModelShape, tower: list[int], decoder: list[int], tokens: int, text: int) -> tuple[int, int]:
+def count_by_hand(shape: ModelShape, tower: list[int], decoder: list[int], tokens: int, text: int, windows: int = 0) -> tuple[int, int]:
     """Operations of tower and decoder, product by product."""
     t, d = shape.tower, shape.decoder
     vision = matmul(tokens * t.group, t.patch_dim, t.embed_dim)
-    for alive in tower:
+    for number, alive in enumerate(tower):
         p = alive * t.group
         vision += matmul(p, t.embed_dim, 3 * t.embed_dim) + matmul(p, t.embed_dim, t.embed_dim)  # qkv, proj
-        vision += matmul(p, t.embed_dim, t.mlp_dim) + matmul(p, t.mlp_dim, t.embed_dim)
-        vision += t.heads * (matmul(p, t.head_dim, p) + matmul(p, p, t.head_dim))
+        vision += matmul(p, t.embed_dim, t.mlp_dim) * (t.mlp_matrices - 1) + matmul(p, t.mlp_dim, t.embed_dim)
+        for seen in [p] if t.looks_everywhere(number) else [t.window**2 * t.group] * windows:  # whole windows, survivors or not
+            vision += t.heads * (matmul(seen, t.head_dim, seen) + matmul(seen, seen, t.head_dim))
     merged = t.group * t.embed_dim
     vision += matmul(tower[-1], merged, merged) + matmul(tower[-1], merged, d.hidden_size)
     language = matmul(1, d.hidden_size, d.vocab_size)
@@ -51,6 +52,17 @@ def test_flops_are_those_counted_product_by_product() -> None:
     assert result.decoder_tokens == (3, 3, 1)
     assert (result.tower_flops, result.decoder_flops) == count_by_hand(SMALL, [6, 5], [3, 3, 1], 6, 5)
     assert result.flops == result.tower_flops + result.scoring_flops + result.decoder_flops
+
+
+def test_flops_of_a_tower_with_windows_are_those_counted_product_by_product() -> None:
+    shape = replace(SMALL, tower=TowerShape(3, 8, 2, 16, 12, 2, mlp_matrices=3, window=2, full_blocks=(1,)))
+    schedule = Schedule((Stage("tower", 2, 500), Stage("decoder", 0, 400)))
+    result = cost(schedule, shape, rows=3, columns=5, text_tokens=5)
+    assert result.tower_tokens == (15, 15, 8)
+    assert (result.tower_flops, result.decoder_flops) == count_by_hand(shape, [15, 15, 8], [6, 6, 6], 15, 5, windows=2 * 3)
+    moved = traffic(schedule, shape, rows=3, columns=5, text_tokens=5, bytes_per_value=2).tower
+    plain = traffic(schedule, replace(shape, tower=replace(shape.tower, mlp_matrices=2)), rows=3, columns=5, text_tokens=5, bytes_per_value=2).tower
+    assert moved - plain == 2 * (3 * 8 * 16 + 4 * (15 + 15 + 8) * 16)  # a matrix of each block, and what it gives for each patch
 
 
 def test_the_2b_shape_costs_what_the_method_says() -> None:
@@ -182,6 +194,14 @@ def test_the_tower_preset_halves_at_an_eighth_of_the_tower_and_again_at_three_ei
     assert schedule.importance.score_rows == 256
     small = replace(QWEN2_VL_2B, tower=replace(QWEN2_VL_2B.tower, blocks=4))
     assert [stage.layer for stage in preset_schedule("tower", small, 0.10).tower_stages] == [2, 3]  # block 0 ranks no better than chance
+
+
+def test_with_windows_the_tower_preset_cuts_behind_blocks_that_look_at_the_whole_image() -> None:
+    windowed = replace(QWEN2_VL_2B, tower=replace(QWEN2_VL_2B.tower, window=4, full_blocks=(7, 15, 23, 31)))
+    schedule = preset_schedule("tower", windowed, 0.10)
+    schedule.check(windowed)
+    assert [(stage.layer, stage.keep) for stage in schedule.tower_stages] == [(8, 512), (16, 256)]
+    assert preset_schedule("tower", replace(windowed, tower=replace(windowed.tower, full_blocks=(31,))), 0.10).tower_stages == ()
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

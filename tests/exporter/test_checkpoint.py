@@ -22,7 +22,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from vflow.exporter.build import BuildOptions, build_engine
 from vflow.exporter.checkpoint import CheckpointError, TensorReader, _read_config, open_checkpoint, resolve_model
 from vflow.exporter.model import load_model
-from vflow.exporter.models.qwen2_vl import image_token_ids, model_shape
+from vflow.exporter.models import image_token_ids, model_shape
 from vflow.exporter.schedule import unpruned_schedule
 from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
 
@@ -120,11 +120,12 @@ def test_a_cached_model_is_taken_without_asking_the_hub(random_checkpoint: Path,
         (b"\xff\xfe", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
         (b'{"model_type": ' + b"9" * 5000 + b"}", "not readable as JSON"),
-        (b"[]", r"model_type None is not supported \(supported: qwen2_vl\)"),
-        (b'{"model_type": "llava"}', r"model_type 'llava' is not supported \(supported: qwen2_vl\)"),
+        (b"[]", r"model_type None is not supported \(supported: qwen2_vl, qwen2_5_vl\)"),
+        (b'{"model_type": "llava"}', r"model_type 'llava' is not supported \(supported: qwen2_vl, qwen2_5_vl\)"),
         (b'{"model_type": ["qwen2_vl"]}', "is not supported"),
         (b'{"model_type": "qwen2_vl", "text_config": "small"}', "not a valid Qwen2-VL configuration"),
         (b'{"model_type": "qwen2_vl", "vision_config": {"depth": "four"}}', "not a valid Qwen2-VL configuration"),
+        (b'{"model_type": "qwen2_5_vl", "vision_config": {"depth": "four"}}', "not a valid Qwen2.5-VL configuration"),
     ],
 )
 def test_configurations_that_cannot_be_used_are_refused_by_file(copy: Path, content: bytes, message: str) -> None:
@@ -165,6 +166,24 @@ def test_variants_that_the_graphs_do_not_compute_are_refused(copy: Path, change:
     refused(copy, message)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window_size": 7}, "vision_config.window_size must be at least 8 pixels, one visual token"),
+        ({"fullatt_block_indexes": [1, 4]}, r"vision_config.fullatt_block_indexes must be blocks of the tower, 0\.\.3"),
+        ({"fullatt_block_indexes": [-1]}, r"vision_config.fullatt_block_indexes must be blocks of the tower, 0\.\.3"),
+        ({"out_hidden_size": 64}, "vision_config.out_hidden_size must be text_config.hidden_size"),
+        ({"num_heads": 16}, "vision_config.num_heads must divide hidden_size into heads whose width is a multiple of 4"),
+        ({"intermediate_size": 0}, "vision_config.intermediate_size must be at least 1"),
+        ({"patch_size": [4, 4]}, "vision_config.patch_size must be at least 1"),
+    ],
+)
+def test_towers_with_windows_that_cannot_be_are_refused(windowed_checkpoint: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = shutil.copytree(windowed_checkpoint, tmp_path / "model")
+    edit_json(folder / "config.json", lambda values: values["vision_config"].update(change))
+    refused(folder, message)
+
+
 # config.json of Qwen/Qwen2-VL-2B-Instruct, as written by transformers 4: sizes of the decoder at the top, rope under its old name.
 PUBLISHED = {
     "model_type": "qwen2_vl", "hidden_act": "silu", "hidden_size": 1536, "intermediate_size": 8960, "max_position_embeddings": 32768,
@@ -185,6 +204,25 @@ def test_the_published_configuration_is_read(tmp_path: Path) -> None:
     assert model_shape(config) == ModelShape(TowerShape(32, 1280, 16, 5120, 1176, 2), DecoderShape(28, 1536, 12, 2, 128, 8960, 151_936))
     assert image_token_ids(config) == {"image": 151655, "vision_start": 151652, "vision_end": 151653}
     assert (config.text_config.rope_parameters["rope_theta"], config.tie_word_embeddings) == (1000000.0, True)
+
+
+# config.json of Qwen/Qwen2.5-VL-3B-Instruct, likewise.
+PUBLISHED_2_5 = {
+    **PUBLISHED, "model_type": "qwen2_5_vl", "hidden_size": 2048, "intermediate_size": 11008, "max_position_embeddings": 128000,
+    "max_window_layers": 70, "num_attention_heads": 16, "num_hidden_layers": 36,
+    "vision_config": {
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3,
+        "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+    },
+}  # fmt: skip
+
+
+def test_the_published_configuration_of_qwen2_5_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_2_5))
+    config = _read_config(tmp_path)
+    tower = TowerShape(32, 1280, 16, 3420, 1176, 2, mlp_matrices=3, window=4, full_blocks=(7, 15, 23, 31))
+    assert model_shape(config) == ModelShape(tower, DecoderShape(36, 2048, 16, 2, 128, 11008, 151_936))
 
 
 def test_a_folder_without_configuration_or_weights_is_refused(tmp_path: Path, copy: Path) -> None:

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from schedules import SCHEDULES
+from schedules import SCHEDULES, WINDOWED_SCHEDULES
 from support import picture
 from vflow.engines import Engine, Session
 from vflow.engines.backends.onnxruntime import DISABLED_OPTIMIZERS, OnnxRuntimeBackend
@@ -19,7 +19,7 @@ from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
 from vflow.engines.request import read_request
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.model import load_model, pruned_graphs, shapes_only
-from vflow.exporter.models.qwen2_vl import model_shape
+from vflow.exporter.models import model_shape
 from vflow.exporter.onnx_writer import write_graphs
 from vflow.exporter.reference import TorchBackend
 from vflow.exporter.trace import trace_vision
@@ -54,6 +54,9 @@ def vision_inputs(engine_processor: Any, rows: int, columns: int) -> tuple[NDArr
         ("random_checkpoint", "proportional", "fp32", "standard"),
         ("random_checkpoint", "tower and decoder", "fp16"),
         ("random_checkpoint", "tower and decoder", "fp32", "standard"),
+        ("windowed_checkpoint", "windows", "fp32"),
+        ("windowed_checkpoint", "windows", "fp16"),
+        ("windowed_checkpoint", "windows, twice by one block", "fp32", "standard"),
     ],
     ids=lambda case: "-".join(case[1:]) + ("-untied" if "untied" in case[0] else ""),
 )
@@ -61,7 +64,7 @@ def pair(request: pytest.FixtureRequest, build: Callable[..., Engine]) -> tuple[
     """An engine in ONNX Runtime, its graphs lowered for the CPU unless "standard", and the same request path over the reference."""
     kind, name, precision, *standard = request.param
     folder = request.getfixturevalue(kind)
-    engine = build(folder, SCHEDULES[name], precision)
+    engine = build(folder, (SCHEDULES | WINDOWED_SCHEDULES)[name], precision)
     model = load_model(open_checkpoint(str(folder)), {"fp32": torch.float32, "fp16": torch.float16}[precision])
     reference = TorchBackend(*pruned_graphs(model, engine.shape, engine.schedule), engine.segments)
     backend = OnnxRuntimeBackend(engine, provider="cpu", threads=1, standard=bool(standard))

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from onnx.external_data_helper import ExternalDataInfo
-from schedules import SCHEDULES
+from schedules import SCHEDULES, WINDOWED_SCHEDULES
 from vflow.engines import Engine
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.model import load_model
@@ -60,6 +60,17 @@ def test_standard_operators_that_engines_fuse_are_there_as_one_node_each(engines
     biases = 2 if (name, graph) == (PROPORTIONAL, "language") else 0  # kept for each segment beside its caches
     assert {op: counts[op] for op in FUSED[graph]} == {op: count + biases * (op == "TensorScatter") for op, count in FUSED[graph].items()}
     assert counts["Softmax"] == (3 if (name, graph) == (PRUNED, "vision") else 0)  # of the entropy; another would be a decomposed attention
+
+
+def test_a_tower_that_looks_at_windows_is_of_such_operators_too(build: Callable[..., Engine], windowed_checkpoint: Path) -> None:
+    engine = build(windowed_checkpoint, WINDOWED_SCHEDULES["windows"])
+    nodes = [node for node in load(engine, "vision").graph.node if node.domain == ""]
+    counts = Counter(node.op_type for node in nodes)
+    assert {op: counts[op] for op in ("Attention", "RotaryEmbedding", "RMSNormalization")} == {
+        "Attention": 4, "RotaryEmbedding": 8, "RMSNormalization": 9,  # two norms a block, and the merger's
+    }  # fmt: skip
+    assert sorted(len(node.input) for node in nodes if node.op_type == "Attention") == [3, 3, 4, 4]  # windows have a mask
+    onnx.checker.check_model(str(engine.path / "vision.onnx"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from schedules import SCHEDULES
+from schedules import SCHEDULES, WINDOWED_SCHEDULES
 from vflow.engines import Engine
 from vflow.exporter.onnxruntime_graph import graph_for_onnxruntime
 from vflow.plugins.node import DOMAIN
@@ -93,6 +93,12 @@ def test_all_attention_of_an_engine_is_lowered_function_bodies_included(build: C
     assert operators(language.graph.node) == {"GroupQueryAttention": 4, **kept_beside}
     for function in (*vision.functions, *language.functions):
         assert set(operators(function.node)) <= {"MultiHeadAttention"}
+
+
+def test_attention_in_windows_stays_standard(build: Callable[..., Engine], windowed_checkpoint: Path) -> None:
+    engine = build(windowed_checkpoint, WINDOWED_SCHEDULES["windows"])
+    vision = onnx.load(engine.path / str(engine.vision.cpu_file), load_external_data=False)
+    assert operators(vision.graph.node) == {"MultiHeadAttention": 2, "Attention": 2}
 
 
 def test_a_lowered_graph_has_the_interface_and_the_weights_of_the_other(build: Callable[..., Engine], random_checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from vflow.exporter import presets
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.methods import METHODS
-from vflow.exporter.models.qwen2_vl import model_shape
+from vflow.exporter.models import model_shape
 from vflow.exporter.presets import METHOD_PRESETS, PRESET_NAMES, PRESETS, preset_schedule, tuned_keeps, tuned_schedule
 from vflow.exporter.schedule import KEEP_UNIT, Schedule, ScheduleError, Stage
 from vflow.exporter.search_space import Budget, SearchSpace

@@ -8,13 +8,13 @@ import naive
 import numpy as np
 import pytest
 import torch
-from schedules import SCHEDULES
+from schedules import SCHEDULES, WINDOWED_SCHEDULES
 from support import picture
 from torch import Tensor
 from vflow.engines.positions import ImageSurvivors, prompt_positions
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
 from vflow.exporter.model import pruned_graphs
-from vflow.exporter.models.qwen2_vl import Embedded, model_shape, pixel_importance
+from vflow.exporter.models import Embedded, model_shape, pixel_importance
 from vflow.exporter.schedule import Schedule, Stage, unpruned_schedule
 
 PROCESSOR = ImageProcessorConfig(4, 2, 2, 64, 64 * 64, (0.5, 0.4, 0.45), (0.25, 0.3, 0.27))
@@ -69,7 +69,7 @@ def naive_language(
     return naive.language(model, schedule, input_ids, positions, image.visual_embeds, columns, image.importance.tolist(), stands, budget)
 
 
-@pytest.mark.parametrize("kind", ["model", "untied_model"])
+@pytest.mark.parametrize("kind", ["model", "untied_model", "windowed_model"])
 @pytest.mark.parametrize(("rows", "columns"), [(5, 6), (8, 3)])
 def test_with_nothing_pruned_it_is_hugging_face_s_model(request: pytest.FixtureRequest, kind: str, rows: int, columns: int) -> None:
     model, schedule = request.getfixturevalue(kind), unpruned_schedule()
@@ -121,6 +121,15 @@ def test_the_decoder_is_that_of_the_method(model: Any, schedule: Schedule, rows:
     torch.testing.assert_close(hidden.double(), last, rtol=0, atol=FP32)
     for (key, _), columns_alive in zip(present, alive, strict=True):
         assert int(key.abs().sum((0, 1, 3)).count_nonzero()) == len(columns_alive)
+
+
+@pytest.mark.parametrize(("rows", "columns"), GRIDS)
+@pytest.mark.parametrize("name", WINDOWED_SCHEDULES)
+def test_a_tower_that_looks_at_windows_is_that_of_the_method(windowed_model: Any, name: str, rows: int, columns: int) -> None:
+    schedule = WINDOWED_SCHEDULES[name]
+    schedule.check(model_shape(windowed_model.config))
+    test_tower_and_first_stage_are_those_of_the_method(windowed_model, schedule, rows, columns)
+    test_the_decoder_is_that_of_the_method(windowed_model, schedule, rows, columns)
 
 
 def test_a_smaller_budget_counts_from_fewer_tokens(model: Any) -> None:

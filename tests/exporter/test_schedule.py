@@ -205,8 +205,14 @@ CHECKS = [
     (Schedule(importance=Importance(vision_layer=-5)), r"vision_layer -5: this model's tower has blocks 0\.\.3"),
     (
         Schedule((Stage("tower", 3, 500), Stage("decoder", 0, 400)), Importance(vision_layer=1)),
-        "vision_layer 1 lies before the tower stage at block 3",
+        "vision_layer 1: block 1 ranks, which lies before the tower stage at block 3",
     ),
+]
+WINDOWED = replace(SHAPE, tower=replace(SHAPE.tower, window=4, full_blocks=(1, 3)))
+WINDOWED_CHECKS = [
+    (Schedule((Stage("tower", 1, 500),)), r"stage before tower 1: no block before it looks at the whole image; blocks that do: 1, 3"),
+    (Schedule((Stage("decoder", 0, 400),), Importance(vision_layer=0)), r"vision_layer 0: no block up to it looks at the whole image; .*: 1, 3"),
+    (Schedule((Stage("tower", 3, 500), Stage("decoder", 0, 400)), Importance(vision_layer=-2)), "vision_layer -2: block 1 ranks, which lies before"),
 ]
 
 
@@ -214,6 +220,21 @@ CHECKS = [
 def test_places_outside_the_model_are_refused(schedule: Schedule, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         schedule.check(SHAPE)
+
+
+@pytest.mark.parametrize(("schedule", "message"), WINDOWED_CHECKS)
+def test_where_windows_leave_nothing_to_rank_by_is_refused(schedule: Schedule, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        schedule.check(WINDOWED)
+
+
+def test_the_last_block_that_looks_at_the_whole_image_ranks() -> None:
+    schedule = Schedule((Stage("tower", 0, 900), Stage("tower", 2, 800), Stage("tower", 3, 700), Stage("decoder", 0, 600)))
+    schedule.check(WINDOWED)
+    assert schedule.scoring_blocks(WINDOWED.tower) == {1, 3}
+    assert schedule.scoring_blocks(SHAPE.tower) == {1, 2, 3}
+    assert replace(schedule, stages=schedule.tower_stages).scoring_blocks(WINDOWED.tower) == {1}
+    Schedule((Stage("tower", 0, 900),), Importance(vision_layer=0)).check(WINDOWED)  # nothing is ranked for the decoder
 
 
 def test_a_schedule_of_another_model_is_refused_unless_it_names_none() -> None:

@@ -153,6 +153,19 @@ def test_candidate_blocks_of_the_tower_are_no_more_than_memory_is_meant_for(bloc
     assert space.tower_places[0] == 2 and min(blocks - 2, 8) <= len(space.tower_places) <= 16
 
 
+@given(st.data(), st.booleans())
+def test_points_for_a_tower_with_windows_rank_by_blocks_that_look_at_the_whole_image(draw: st.DataObject, tower: bool) -> None:
+    windowed = replace(SHAPE, tower=replace(SHAPE.tower, window=4, full_blocks=(7, 15, 23, 29, 31)))
+    space = SearchSpace.for_model(windowed, Budget(keep=0.1), tower=tower)
+    assert space.tower_places == ((8, 16, 24, 30) if tower else ())
+    schedule = space.schedule(points(space, draw))
+    schedule.check(windowed)
+    ranking = schedule.importance.vision_layer % 32
+    assert ranking in {29, 31} and schedule.scoring_blocks(windowed.tower) <= {7, 15, 23, 29, 31}
+    assert not schedule.tower_stages or schedule.tower_stages[0].layer in {0, *space.entry_blocks}
+    assert tower or (space.entry_blocks == (30,) and ranking + 1 in {30, 32})
+
+
 def test_where_a_schedule_differs_from_the_unpruned_tower_its_state_is_kept() -> None:
     space, rng = SearchSpace.for_model(SHAPE, Budget(keep=0.1), tower=True), np.random.default_rng(0)
     without_tower = SearchSpace.for_model(SHAPE, Budget(keep=0.1))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from schedules import SCHEDULES
+from schedules import SCHEDULES, WINDOWED_SCHEDULES
 from support import picture
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.reference import ReferenceModel
@@ -64,6 +64,13 @@ def test_both_measures_read_the_last_prompt_token(objective: FlowObjective, by_c
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_cached_objective_equals_the_plain_one(objective: FlowObjective, name: str) -> None:
     assert objective.score(SCHEDULES[name]) == pytest.approx(objective.score_plainly(SCHEDULES[name]), abs=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("name", WINDOWED_SCHEDULES)
+def test_cached_objective_equals_the_plain_one_with_windows(windowed_checkpoint: Path, name: str, blocks: tuple[int, ...]) -> None:
+    objective = FlowObjective(open_checkpoint(str(windowed_checkpoint)), SAMPLES[:1], blocks=blocks)
+    assert objective.score(WINDOWED_SCHEDULES[name]) == pytest.approx(objective.score_plainly(WINDOWED_SCHEDULES[name]), abs=1e-6)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.7, 1.5, 40.0])

@@ -22,7 +22,7 @@ from vflow.exporter.methods.pyramiddrop import PYRAMIDDROP
 from vflow.exporter.methods.random_choice import RandomVision
 from vflow.exporter.methods.visionzip import VisionZipVision, zip_tokens
 from vflow.exporter.model import pruned_graphs
-from vflow.exporter.models.qwen2_vl import LanguageGraph, TowerState, VisionGraph, model_shape
+from vflow.exporter.models import LanguageGraph, TowerState, VisionGraph, model_shape
 from vflow.exporter.presets import preset_schedule
 from vflow.exporter.schedule import Schedule, ScheduleError, Stage
 from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape

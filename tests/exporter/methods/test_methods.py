@@ -13,7 +13,7 @@ from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
 from vflow.exporter.methods import METHODS
 from vflow.exporter.methods.base import Method
 from vflow.exporter.model import pruned_graphs
-from vflow.exporter.models.qwen2_vl import model_shape
+from vflow.exporter.models import model_shape
 from vflow.exporter.schedule import Schedule, ScheduleError, keep_count
 from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
 

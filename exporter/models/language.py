@@ -1,4 +1,4 @@
-"""The decoder of Qwen2-VL over KV caches of fixed capacity, with its stages."""
+"""The decoder (Qwen2 with three-axis rotary positions) over KV caches of fixed capacity, with its stages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....plugins.compaction import gather_tokens, keep_top
-from ....plugins.guidance import last_token_attention
-from ...schedule import Schedule, keep_count
-from ...shape import ModelShape
-from ...standard_ops import cached_causal_attention, masked_attention, rms_norm, rotary_embedding, tensor_scatter
+from ...plugins.compaction import gather_tokens, keep_top
+from ...plugins.guidance import last_token_attention
+from ..schedule import Schedule, keep_count
+from ..shape import ModelShape
+from ..standard_ops import cached_causal_attention, masked_attention, rms_norm, rotary_embedding, tensor_scatter
 from .vision import PROTECTED
 
 __all__ = ["LanguageGraph"]

@@ -1,4 +1,4 @@
-"""Tower and merger of Qwen2-VL with what happens to visual tokens before the decoder."""
+"""Tower and merger with what happens to visual tokens before the decoder."""
 
 from __future__ import annotations
 
@@ -9,17 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....plugins.compaction import group_tokens, keep_top, keep_top_per_cell, merge_tokens
-from ....plugins.importance import add_entropy, context_relevance
-from ...schedule import Schedule, Stage, cell_count, cell_of, keep_count
-from ...shape import ModelShape
-from ...standard_ops import attention, rotary_embedding
+from ...plugins.compaction import group_tokens, keep_top, keep_top_per_cell, merge_tokens
+from ...plugins.importance import add_entropy, context_relevance
+from ..schedule import Schedule, Stage, cell_count, cell_of, keep_count
+from ..shape import ModelShape
+from ..standard_ops import attention, masked_attention, rms_norm, rotary_embedding
 
-__all__ = ["Compacted", "Embedded", "TowerState", "VisionGraph", "pixel_importance"]
+__all__ = ["PROTECTED", "Compacted", "Embedded", "TowerState", "VisionGraph", "pixel_importance"]
 
 TOWER_ROPE_THETA = 10_000.0  # fixed in the architecture
 PROTECTED = 1e30  # importance of a token that must survive; far above any score, and finite
 ENTROPY_BITS = 8.0  # the most that 256 grey levels can have
+NOT_THERE = -3e4  # added to the scores of a window's empty places: no weight is left of it in any precision, and an empty window stays finite
+
+
+class Windows(NamedTuple):
+    """The tokens alive laid out by the windows of their tower, each with room for all its ``window``² tokens; W windows, R = window² · G.
+
+    Attributes:
+        slot: int64 [alive], place of each token among W · window².
+        cos, sin: T [W, R, head_dim/2]; mask: T [W, 1, R, R], what is added to attention scores.
+    """
+
+    slot: Tensor
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,7 @@ class TowerState:
         importance: float32 [alive], of the last scoring; index: int64 [alive], original indices.
         budget: tokens from which stages count.
         query, key: T [heads, alive · G, head_dim] of the block that was scored last; None before and after a stage.
+        windows: None in a tower without.
         size: float32 [alive], tokens that each stands for; None: each for itself, or nobody asks.
     """
 
@@ -46,6 +62,7 @@ class TowerState:
     query: Tensor | None = None
     key: Tensor | None = None
     size: Tensor | None = None
+    windows: Windows | None = None
 
 
 class Compacted(NamedTuple):
@@ -76,9 +93,7 @@ class VisionGraph(nn.Module):
         self.visual = visual
         self.shape, self.schedule = shape.tower, schedule
         self.stages = {stage.layer: stage for stage in schedule.tower_stages}
-        self.scoring_blocks = {layer - 1 for layer in self.stages if layer > 0}
-        if schedule.needs_importance:
-            self.scoring_blocks.add(schedule.importance.vision_layer % shape.tower.blocks)
+        self.scoring_blocks = schedule.scoring_blocks(shape.tower)
 
     def uses_entropy(self) -> bool:
         """Whether any stage reads the patches' entropy."""
@@ -115,7 +130,8 @@ class VisionGraph(nn.Module):
         else:
             importance = torch.zeros(rows * columns, dtype=torch.float32, device=hidden.device)
         index = torch.arange(rows * columns, device=hidden.device)
-        return TowerState(hidden, cos, sin, entropy, importance, index, rows, columns, budget)
+        state = TowerState(hidden, cos, sin, entropy, importance, index, rows, columns, budget)
+        return replace(state, windows=self._windows(state))
 
     def run_blocks(self, state: TowerState, first: int, end: int) -> TowerState:
         """Blocks ``first`` to ``end`` − 1 with the stages before them."""
@@ -124,23 +140,26 @@ class VisionGraph(nn.Module):
             stage = self.stages.get(number)
             if stage is not None:
                 state = _survivors(state, self.compact(stage, state.hidden, state), self.shape.group)
-            mixed, query, key = self._attention(block, state.hidden, state.cos, state.sin)
-            hidden = state.hidden + mixed
-            state = replace(state, hidden=hidden + block.mlp(block.norm2(hidden)))
+                state = replace(state, windows=self._windows(state))
+            if state.windows is not None and not self.shape.looks_everywhere(number):
+                state = _behind(block, state, self._attention_in_windows(block, state.hidden, state.windows))
+                continue
+            mixed, query, key = self._attention(block, state)
+            state = _behind(block, state, mixed)
             if number in self.scoring_blocks:
                 state = replace(state, query=query, key=key)
                 state = replace(state, importance=self.score(query, key, state))
         return state
 
     def attend(self, number: int, state: TowerState) -> tuple[Tensor, Tensor]:
-        """Queries and keys [heads, alive · G, head_dim] of block ``number``, for scoring apart from the walk."""
-        _, query, key = self._attention(self.visual.blocks[number], state.hidden, state.cos, state.sin)
+        """Queries and keys [heads, alive · G, head_dim] of block ``number``, which looks everywhere, for scoring apart from the walk."""
+        _, query, key = self._attention(self.visual.blocks[number], state)
         return query, key
 
     def merge(self, state: TowerState) -> Tensor:
         """The merger: visual_embeds T [alive, H] of the tokens that the tower has left."""
         merger = self.visual.merger
-        visual_embeds: Tensor = merger.mlp(merger.ln_q(state.hidden).reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim))
+        visual_embeds: Tensor = merger.mlp(_norm(merger.ln_q, state.hidden).reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim))
         return visual_embeds
 
     def finish(self, state: TowerState, visual_embeds: Tensor) -> Embedded:
@@ -153,15 +172,42 @@ class VisionGraph(nn.Module):
     def _key_bias(self, size: Tensor | None) -> Tensor | None:
         return None if size is None else self.schedule.proportional_attention * size.log()
 
-    def _attention(self, block: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's attention over all patches [P, C]: its output, and its queries and keys [heads, P, head_dim]."""
+    def _attention(self, block: Any, state: TowerState) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's attention over all patches alive: its output [P, C], and its queries and keys [heads, P, head_dim]."""
         heads, head_dim = self.shape.heads, self.shape.head_dim
-        patches = hidden.shape[0]
-        qkv = block.attn.qkv(block.norm1(hidden)).reshape(1, patches, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        query = rotary_embedding(qkv[0], cos[None], sin[None])  # [1, heads, P, head_dim]
-        key = rotary_embedding(qkv[1], cos[None], sin[None])
+        patches = state.hidden.shape[0]
+        qkv = block.attn.qkv(_norm(block.norm1, state.hidden)).reshape(1, patches, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+        query = rotary_embedding(qkv[0], state.cos[None], state.sin[None])  # [1, heads, P, head_dim]
+        key = rotary_embedding(qkv[1], state.cos[None], state.sin[None])
         mixed = attention(query, key, qkv[2], scale=head_dim**-0.5)
         return block.attn.proj(mixed.transpose(1, 2).reshape(patches, self.shape.embed_dim)), query[0], key[0]
+
+    def _attention_in_windows(self, block: Any, hidden: Tensor, windows: Windows) -> Tensor:
+        """A block's attention of all patches [P, C] to those of their own window, all windows as one batch: [P, C]."""
+        heads, head_dim, width, group = self.shape.heads, self.shape.head_dim, self.shape.embed_dim, self.shape.group
+        count, room = windows.cos.shape[:2]
+        placed = _put_tokens(block.attn.qkv(_norm(block.norm1, hidden)), windows.slot, count * room // group, group)
+        qkv = placed.reshape(count, room, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+        query, key = (rotary_embedding(part, windows.cos, windows.sin) for part in (qkv[0], qkv[1]))  # [W, heads, R, head_dim]
+        mixed = masked_attention(query, key, qkv[2], windows.mask, scale=head_dim**-0.5)
+        tokens = mixed.transpose(1, 2).reshape(-1, group * width)[windows.slot]
+        output: Tensor = block.attn.proj(tokens.reshape(-1, width))
+        return output
+
+    def _windows(self, state: TowerState) -> Windows | None:
+        """Where the tokens alive lie in their windows, which no stage changes."""
+        side, group = self.shape.window, self.shape.group
+        if not side:
+            return None
+        row = torch.arange(state.rows, device=state.index.device)[:, None]
+        column = torch.arange(state.columns, device=state.index.device)
+        window = row // side * self.shape.windows(state.columns) + column // side  # [rows, columns]
+        slot = ((window * side + row % side) * side + column % side).reshape(-1)[state.index]
+        count = self.shape.windows(state.rows) * self.shape.windows(state.columns)
+        cos, sin = (_put_tokens(table, slot, count * side**2, group).reshape(count, side**2 * group, -1) for table in (state.cos, state.sin))
+        there = torch.ones_like(state.cos[:, :1])
+        absent = (1 - _put_tokens(there, slot, count * side**2, group).reshape(count, 1, 1, side**2 * group)) * NOT_THERE
+        return Windows(slot, cos, sin, absent.expand(-1, -1, side**2 * group, -1))
 
     def rank_pixels(self, pixel_values: Tensor, entropy: Tensor | None) -> Tensor:
         """Importance before block 0: float32 [N] from pixels T [rows, columns, G, patch_dim] and entropy float32 [P]."""
@@ -234,6 +280,26 @@ def pixel_importance(pixel_values: Tensor, entropy: Tensor | None) -> Tensor:
     if entropy is None:
         raise ValueError("a stage before tower block 0 needs the patches' entropy")
     return spread + entropy.reshape(-1, group).mean(1) / ENTROPY_BITS
+
+
+def _behind(block: Any, state: TowerState, mixed: Tensor) -> TowerState:
+    """The state behind a block whose attention has given ``mixed``."""
+    hidden = state.hidden + mixed
+    return replace(state, hidden=hidden + block.mlp(_norm(block.norm2, hidden)))
+
+
+def _norm(norm: Any, hidden: Tensor) -> Tensor:
+    """A layer norm as it is; a root-mean-square norm as the operator that engines fuse, not as its module spells it out."""
+    if isinstance(norm, nn.LayerNorm):
+        normed: Tensor = norm(hidden)
+        return normed
+    return rms_norm(hidden, norm.weight, epsilon=norm.variance_epsilon)
+
+
+def _put_tokens(rows: Tensor, slot: Tensor, slots: int, group: int) -> Tensor:
+    """Rows of tokens' patches [tokens · G, C] at the tokens' places among ``slots``, zeros elsewhere: [slots, G · C]."""
+    wide = rows.reshape(-1, group * rows.shape[1])
+    return wide.new_zeros(slots, wide.shape[1]).index_put((slot,), wide)
 
 
 def _grid_cells(rows: int, columns: int, cell: int, device: torch.device) -> tuple[Tensor, Tensor]:
