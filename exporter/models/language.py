@@ -79,7 +79,7 @@ class LanguageGraph(nn.Module):
                 bias = bias[:, index] if bias is not None else None
                 alive, segment = survivors, segment + 1
             if bias is not None and (number == 0 or stage is not None):
-                present_bias.append(tensor_scatter(past_key_bias[segment], bias[:, None], past_lengths[:, segment]))
+                present_bias.append(_extend_bias(past_key_bias[segment], bias, past_lengths[:, segment]))
                 mask = _causal_mask(present_bias[-1], past_lengths[:, segment], bias.shape[1])
             hidden, query_key, cache = self._layer(layer, hidden, cos, sin, past_lengths[:, segment], past_key_values[number], mask)
             present.append(cache)
@@ -138,6 +138,18 @@ class LanguageGraph(nn.Module):
         steps = number.float() / half
         angles = position_ids[axis].permute(1, 2, 0).float() * self.theta**-steps  # [B, S, head_dim/2]
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def _extend_bias(past: Tensor, added: Tensor, past_length: Tensor) -> Tensor:
+    """T [B, 1, capacity, 1] with ``added`` [B, S, 1] from entry ``past_length`` [B] on.
+
+    No TensorScatter, as keys and values have: TensorRT for RTX 1.7 crashes when it builds a second one of these beside theirs. What comes out may lie
+    where ``past`` lies: written twice, it is the same.
+    """
+    place = torch.arange(past.shape[2], device=past.device) - past_length[:, None]  # [B, capacity]
+    length = added.shape[1]
+    new = added[..., 0].gather(1, place.clamp(min=0).clamp(max=length - 1))
+    return torch.where((place >= 0) & (place < length), new, past[:, 0, :, 0])[:, None, :, None]
 
 
 def _causal_mask(bias: Tensor, past_length: Tensor, length: int) -> Tensor:

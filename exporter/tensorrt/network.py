@@ -354,6 +354,7 @@ def layer_report(parsed: Parsed) -> list[dict[str, Any]]:
             row["attention"] = {
                 "causality": layer.attention.causal_kind.name,
                 "key_value_lengths": lengths.name if lengths is not None else None,
+                "mask": layer.attention.mask.name if layer.attention.mask is not None else None,
                 "decomposable": layer.attention.decomposable,
             }
         report.append(row)

@@ -29,6 +29,7 @@ from vflow.engines.backends.cuda import gpu_capability
 from vflow.engines.graphs import GRAPHS, BuiltEngine
 from vflow.engines.manifest import Engine, Limits
 from vflow.exporter.cli import main
+from vflow.exporter.schedule import Schedule, Stage
 from vflow.exporter.tensorrt import targets as tensorrt_targets
 from vflow.exporter.tensorrt.engine import EngineJob
 from vflow.exporter.tensorrt.graph import graph_for_target
@@ -277,6 +278,20 @@ def source(build: Callable[..., Engine], random_checkpoint: Path, tmp_path: Path
 def build_here(engine: Engine, folder: Path, progress: Callable[[str, float], None] = lambda phase, share: None) -> dict[str, Any]:
     graphs = {"vision": engine.vision, "language": engine.language}
     return build_target("tensorrt-rtx", folder, graphs, engine.segments, Limits(MAX_VISUAL_TOKENS, MAX_TEXT_TOKENS), progress=progress)
+
+
+def test_windows_and_proportional_attention_in_several_segments_are_built(
+    build: Callable[..., Engine], windowed_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The library crashes where a second cache of one column is written by TensorScatter."""
+    stages = (Stage("tower", 2, 600, 2.0), Stage("decoder", 0, 400), Stage("decoder", 2, 150))
+    engine = build(windowed_checkpoint, Schedule(stages, proportional_attention=1.5), "fp16")
+    folder = Path(shutil.copytree(engine.path, tmp_path / "engine"))
+    for part in build_here(engine, folder).values():
+        if isinstance(part, dict) and "file" in part:
+            assert (folder / part["file"]).read_bytes()[:4] == PLAN_MAGIC
+    layers = json.loads((folder / "tensorrt-rtx" / "vision.layers.json").read_text())
+    assert sum(row["attention"]["mask"] is not None for row in layers if row["type"] == "ATTENTION_INPUT") == 2  # blocks 0 and 2
 
 
 def test_what_stops_a_build_ends_the_process_that_builds(source: tuple[Engine, Path], monkeypatch: pytest.MonkeyPatch) -> None:
