@@ -52,6 +52,13 @@ def test_an_engine_is_read_as_it_was_written(standin: Engine) -> None:
     assert not [path for path in standin.path.parent.iterdir() if path != standin.path]
 
 
+def test_an_engine_from_before_towers_had_windows_has_none(make_standin: MakeStandin, edit_manifest: Edit) -> None:
+    folder = make_standin()
+    edit_manifest(folder, lambda m: [m["shape"]["tower"].pop(name) for name in ("mlp_matrices", "window", "full_blocks")])
+    tower = open_engine(folder).shape.tower
+    assert (tower.mlp_matrices, tower.window, tower.full_blocks) == (2, 0, ())
+
+
 def test_files_in_subfolders_belong_to_the_engine(standin: Engine, tmp_path: Path) -> None:
     with write_engine_directory(tmp_path / "engine", manifest_of(standin.path)) as folder:
         shutil.copytree(standin.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))

@@ -57,12 +57,13 @@ def test_flops_are_those_counted_product_by_product() -> None:
 def test_flops_of_a_tower_with_windows_are_those_counted_product_by_product() -> None:
     shape = replace(SMALL, tower=TowerShape(3, 8, 2, 16, 12, 2, mlp_matrices=3, window=2, full_blocks=(1,)))
     schedule = Schedule((Stage("tower", 2, 500), Stage("decoder", 0, 400)))
-    result = cost(schedule, shape, rows=3, columns=5, text_tokens=5)
-    assert result.tower_tokens == (15, 15, 8)
-    assert (result.tower_flops, result.decoder_flops) == count_by_hand(shape, [15, 15, 8], [6, 6, 6], 15, 5, windows=2 * 3)
-    moved = traffic(schedule, shape, rows=3, columns=5, text_tokens=5, bytes_per_value=2).tower
-    plain = traffic(schedule, replace(shape, tower=replace(shape.tower, mlp_matrices=2)), rows=3, columns=5, text_tokens=5, bytes_per_value=2).tower
-    assert moved - plain == 2 * (3 * 8 * 16 + 4 * (15 + 15 + 8) * 16)  # a matrix of each block, and what it gives for each patch
+    size = {"rows": 4, "columns": 5, "text_tokens": 5}
+    result = cost(schedule, shape, **size)
+    assert result.tower_tokens == (20, 20, 10)
+    assert (result.tower_flops, result.decoder_flops) == count_by_hand(shape, [20, 20, 10], [8, 8, 8], 20, 5, windows=2 * 3)
+    plain = replace(shape, tower=replace(shape.tower, mlp_matrices=2))
+    moved = [traffic(schedule, model, **size, bytes_per_value=2).tower for model in (shape, plain)]
+    assert moved[0] - moved[1] == 2 * (3 * 8 * 16 + 4 * (20 + 20 + 10) * 16)  # a matrix of each block, and what it gives for each patch
 
 
 def test_the_2b_shape_costs_what_the_method_says() -> None:
@@ -201,7 +202,9 @@ def test_with_windows_the_tower_preset_cuts_behind_blocks_that_look_at_the_whole
     schedule = preset_schedule("tower", windowed, 0.10)
     schedule.check(windowed)
     assert [(stage.layer, stage.keep) for stage in schedule.tower_stages] == [(8, 512), (16, 256)]
-    assert preset_schedule("tower", replace(windowed, tower=replace(windowed.tower, full_blocks=(31,))), 0.10).tower_stages == ()
+    for full_blocks, places in (((31,), []), ((7, 15), [8]), ((), [])):  # behind the last of them nothing is left to rank for the decoder
+        few = replace(windowed, tower=replace(windowed.tower, full_blocks=full_blocks))
+        assert [stage.layer for stage in preset_schedule("tower", few, 0.10).tower_stages] == places
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

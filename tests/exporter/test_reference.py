@@ -15,6 +15,7 @@ from vflow.engines.positions import ImageSurvivors, prompt_positions
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
 from vflow.exporter.model import pruned_graphs
 from vflow.exporter.models import Embedded, model_shape, pixel_importance
+from vflow.exporter.models.language import _extend_bias
 from vflow.exporter.schedule import Schedule, Stage, unpruned_schedule
 
 PROCESSOR = ImageProcessorConfig(4, 2, 2, 64, 64 * 64, (0.5, 0.4, 0.45), (0.25, 0.3, 0.27))
@@ -164,6 +165,17 @@ def test_protected_tokens_survive_whatever_guidance_says(model: Any, beta: float
     expected, _, alive = naive_language(model, schedule, input_ids, positions, image, places, 30)
     assert protected <= set(alive[-1])
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize(("length", "starts"), [(5, [0, 3]), (1, [6, 0]), (7, [0, 0]), (3, [4, 1])])
+def test_what_is_added_to_scores_is_kept_where_its_tokens_are(length: int, starts: list[int]) -> None:
+    past, added = torch.randn(2, 1, 8, 1), torch.randn(2, length, 1)
+    expected = past.clone()
+    for row, start in enumerate(starts):
+        expected[row, 0, start : start + length] = added[row]
+    once = _extend_bias(past, added, torch.tensor(starts))
+    assert torch.equal(once, expected)
+    assert torch.equal(_extend_bias(once, added, torch.tensor(starts)), expected)  # written over itself
 
 
 def test_a_blank_area_has_no_pixel_importance() -> None:

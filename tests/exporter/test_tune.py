@@ -15,7 +15,7 @@ from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.reference import ReferenceModel
 from vflow.exporter.schedule import Importance, Schedule, ScheduleError, Stage
 from vflow.exporter.search_space import Budget, SearchSpace
-from vflow.exporter.shared_tower import embed_plainly
+from vflow.exporter.shared_tower import SharedTower, embed_plainly
 from vflow.exporter.tune import CalibrationSample, FlowObjective, Resource, tune_front, tune_schedule
 
 optuna = pytest.importorskip("optuna")
@@ -66,11 +66,18 @@ def test_cached_objective_equals_the_plain_one(objective: FlowObjective, name: s
     assert objective.score(SCHEDULES[name]) == pytest.approx(objective.score_plainly(SCHEDULES[name]), abs=1e-6)
 
 
-@pytest.mark.parametrize("blocks", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("blocks", [(), (2,), (3,), (2, 3)])
 @pytest.mark.parametrize("name", WINDOWED_SCHEDULES)
 def test_cached_objective_equals_the_plain_one_with_windows(windowed_checkpoint: Path, name: str, blocks: tuple[int, ...]) -> None:
     objective = FlowObjective(open_checkpoint(str(windowed_checkpoint)), SAMPLES[:1], blocks=blocks)
     assert objective.score(WINDOWED_SCHEDULES[name]) == pytest.approx(objective.score_plainly(WINDOWED_SCHEDULES[name]), abs=1e-6)
+
+
+def test_of_a_tower_with_windows_states_are_kept_where_tokens_are_ranked(windowed_checkpoint: Path) -> None:
+    reference = ReferenceModel(open_checkpoint(str(windowed_checkpoint)))
+    picture_read = reference.read(SAMPLES[0].images, SAMPLES[0].prompt).pictures[0]
+    assert set(SharedTower(reference, (2,)).walk(picture_read).states) == {0, 1, 2, 3, 4}  # 3: the decoder's
+    assert set(SharedTower(reference, (3,)).walk(picture_read).states) == {0, 1, 3, 4}  # block 1 ranks before 3
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.7, 1.5, 40.0])

@@ -25,6 +25,7 @@ PRUNING = [name for name, method in METHODS.items() if method.image_share is Non
 SHAPES = {
     "2B": ModelShape(TowerShape(32, 1280, 16, 5120, 1176, 2), DecoderShape(28, 1536, 12, 2, 128, 8960, 151_936)),
     "7 layers": ModelShape(TowerShape(4, 128, 4, 512, 1176, 2), DecoderShape(7, 128, 4, 2, 32, 384, 60)),
+    "windows": ModelShape(TowerShape(6, 128, 4, 344, 1176, 2, 3, 4, (2, 5)), DecoderShape(7, 128, 4, 2, 32, 384, 60)),
     "4 layers": ModelShape(TowerShape(3, 32, 2, 64, 96, 2), DecoderShape(4, 32, 4, 2, 8, 48, 48)),
     "32 layers": ModelShape(TowerShape(24, 64, 4, 128, 1176, 2), DecoderShape(32, 64, 4, 2, 16, 128, 64)),
 }
