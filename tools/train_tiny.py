@@ -1,10 +1,11 @@
-"""Train the small Qwen2-VL that ships with vflow-export, on generated visual question answering.
+"""Train the small Qwen2-VL or Qwen2.5-VL that ships with vflow-export, on generated visual question answering.
 
     python tools/train_tiny.py --output exporter/tiny/checkpoint --minutes 110
+    python tools/train_tiny.py --output exporter/tiny/windowed --family qwen2_5_vl --start exporter/tiny/checkpoint
 
 Writes a Hugging Face checkpoint (config.json, model.safetensors in fp16, tokenizer, processor, chat template), and
 beside it training_log.jsonl and accuracy.json. What makes it converge on two CPU cores is stated where it is done; the
-sources are the Qwen2-VL report (arXiv 2409.12191) for the model and Muon (Jordan et al., 2024) for the optimiser.
+sources are the Qwen2-VL and Qwen2.5-VL reports (arXiv 2409.12191, 2502.13923) for the models and Muon (Jordan et al., 2024) for the optimiser.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +27,25 @@ import torch.nn.functional as F
 from muon import Muon
 from tiny_batches import BRANCH, PREFIX, SPECIAL, branch_lengths, feed, layout, vocabulary
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
 from vflow.exporter.tiny.scenes import COLORS, KINDS, SHAPES, samples
 
 TRAINING_SEEDS = 1_000_000  # seeds below are for training, the others for held-out data
 HELD_OUT_SEED = 7_000_000
+Model = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration
+FAMILIES: dict[str, tuple[type, type[Model]]] = {
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+}
+PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+WINDOW = 4  # visual tokens a side of an attention window of Qwen2.5-VL
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -43,10 +57,30 @@ CHAT_TEMPLATE = (
 DECODER_AUX_LAYER = 2  # after this many layers visual tokens must know where they are
 
 
-def model_config(args: argparse.Namespace) -> Qwen2VLConfig:
+def tower_config(args: argparse.Namespace) -> dict[str, Any]:
+    if args.family == "qwen2_vl":
+        return {
+            "depth": args.tower_blocks,
+            "embed_dim": args.tower_size,
+            "hidden_size": args.hidden_size,
+            "num_heads": args.tower_heads,
+            "mlp_ratio": 4,
+        }
+    return {
+        "depth": args.tower_blocks,
+        "hidden_size": args.tower_size,
+        "out_hidden_size": args.hidden_size,
+        "num_heads": args.tower_heads,
+        "intermediate_size": 8 * round(args.tower_size * 3420 / 1280 / 8),  # the published towers' ratio
+        "window_size": 28 * WINDOW,
+        "fullatt_block_indexes": args.full_blocks,
+    }
+
+
+def model_config(args: argparse.Namespace) -> Qwen2VLConfig | Qwen2_5_VLConfig:
     ids = {word: i for i, word in enumerate(vocabulary())}
     head_dim = args.hidden_size // args.heads
-    return Qwen2VLConfig(
+    return FAMILIES[args.family][0](
         text_config={
             "vocab_size": len(ids),
             "hidden_size": args.hidden_size,
@@ -63,13 +97,7 @@ def model_config(args: argparse.Namespace) -> Qwen2VLConfig:
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
         },
-        vision_config={
-            "depth": args.tower_blocks,
-            "embed_dim": args.tower_size,
-            "hidden_size": args.hidden_size,
-            "num_heads": args.tower_heads,
-            "mlp_ratio": 4,
-        },
+        vision_config=tower_config(args),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -87,18 +115,53 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def run_tower(visual: nn.Module, pixel_values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+class TowerLayout(NamedTuple):
+    """What a tower needs to know of a grid: rotary tables in the order of its patches, and for a tower with windows that order.
+
+    ``order`` sorts visual tokens by window, windows of one size side by side; ``windows`` holds (windows, patches a window) of each size.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    order: Tensor | None
+    windows: list[tuple[int, int]]
+
+
+def window_order(rows: int, columns: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Order and windows of ``TowerLayout`` for a grid of visual tokens; windows at its right and bottom edges may be smaller."""
+    by_size: dict[int, list[Tensor]] = defaultdict(list)
+    for band in torch.arange(rows * columns).view(rows, columns).split(WINDOW):
+        for window in band.split(WINDOW, 1):
+            by_size[window.numel()].append(window.flatten())
+    return torch.cat([w for same in by_size.values() for w in same]), [(len(same), 4 * size) for size, same in by_size.items()]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[tuple[int, int]]) -> Tensor:
+    """Attention inside windows that lie one after another: [B, heads, P, D] → [B, P, heads × D]. A mask instead costs as much as full attention."""
+    batch, pieces = len(q), []
+    for parts in zip(*(x.split([count * size for count, size in windows], 2) for x in (q, k, v)), windows, strict=True):
+        *qkv, (count, size) = parts
+        folded = [x.unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1) for x in qkv]
+        pieces.append(F.scaled_dot_product_attention(*folded).transpose(1, 2).reshape(batch, count * size, -1))
+    return torch.cat(pieces, 1)
+
+
+def run_tower(visual: nn.Module, pixel_values: Tensor, grid: TowerLayout) -> Tensor:
     """The Hugging Face tower on a batch of equal sizes: [B, P, 1176] → [B, N, hidden]. Its own forward splits images in a loop."""
     batch, patches, _ = pixel_values.shape
+    if grid.order is not None:  # of the pixels, as they need no gradient
+        pixel_values = pixel_values.unflatten(1, (-1, 4))[:, grid.order].flatten(1, 2)
     x = pixel_values @ visual.patch_embed.proj.weight.flatten(1).T
-    for block in visual.blocks:
+    for number, block in enumerate(visual.blocks):
         attn = block.attn
         q, k, v = attn.qkv(block.norm1(x)).view(batch, patches, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x = x + attn.proj(mixed.transpose(1, 2).reshape(batch, patches, -1))
+        windowed = grid.order is not None and number not in visual.fullatt_block_indexes
+        windows = grid.windows if windowed else [(1, patches)]
+        x = x + attn.proj(attend(rotate(q, grid.cos, grid.sin), rotate(k, grid.cos, grid.sin), v, windows))
         x = x + block.mlp(block.norm2(x))
     merger = visual.merger
-    return merger.mlp(merger.ln_q(x).view(batch, patches // 4, -1))
+    tokens = merger.mlp(merger.ln_q(x).view(batch, patches // 4, -1))
+    return tokens if grid.order is None else tokens[:, grid.order.argsort()]
 
 
 class Heads(nn.Module):
@@ -111,15 +174,15 @@ class Heads(nn.Module):
 
 
 class Trainee(nn.Module):
-    def __init__(self, model: Qwen2VLForConditionalGeneration) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
         self.heads = Heads(model.config.text_config.hidden_size)
 
     def forward(self, pixels: Tensor, tokens: Tensor, labels: Tensor, shape: Tensor, color: Tensor, center: Tensor,
-                grid_xy: Tensor, tower_rope: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], mask: Tensor) -> dict[str, Tensor]:  # fmt: skip
+                grid_xy: Tensor, grid: TowerLayout, rope: tuple[Tensor, Tensor], mask: Tensor) -> dict[str, Tensor]:  # fmt: skip
         language = self.model.model.language_model
-        visual = run_tower(self.model.model.visual, pixels, *tower_rope)
+        visual = run_tower(self.model.model.visual, pixels, grid)
         text = language.embed_tokens(tokens)
         hidden = torch.cat([text[:, :PREFIX], visual.to(text.dtype), text[:, PREFIX:]], 1)
         count = visual.shape[1]
@@ -145,27 +208,32 @@ class Trainee(nn.Module):
 
 
 class Ropes:
-    """Rotary tables by grid, computed once."""
+    """Rotary tables and windows by grid, computed once."""
 
-    def __init__(self, config: Qwen2VLConfig, branches: Sequence[int]) -> None:
+    def __init__(self, config: Qwen2VLConfig | Qwen2_5_VLConfig, branches: Sequence[int]) -> None:
         self.config, self.branches, self.known = config, branches, {}
 
     def __call__(self, rows: int, columns: int) -> tuple[Any, ...]:
         if (rows, columns) not in self.known:
             vision, text = self.config.vision_config, self.config.text_config
-            axis = vision.embed_dim // vision.num_heads // 2
+            windowed = self.config.model_type == "qwen2_5_vl"
+            axis = (vision.hidden_size if windowed else vision.embed_dim) // vision.num_heads // 2
             inverse = 1.0 / 10_000 ** (torch.arange(0, axis, 2).float() / axis)
             h, w = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
             order = torch.arange(rows * columns).view(rows // 2, 2, columns // 2, 2).transpose(1, 2).reshape(-1)
             angles = torch.stack([h.reshape(-1)[order], w.reshape(-1)[order]], -1)[..., None] * inverse
             angles = angles.flatten(1).repeat(1, 2)
+            by_window, windows = window_order(rows // 2, columns // 2) if windowed else (None, [])
+            if by_window is not None:
+                angles = angles.unflatten(0, (-1, 4))[by_window].flatten(0, 1)
+            tower = TowerLayout(angles.cos(), angles.sin(), by_window, windows)
             positions, mask = layout(rows // 2, columns // 2, self.branches)
             head_dim = text.hidden_size // text.num_attention_heads
             inverse = 1.0 / text.rope_parameters["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
             table = (positions[..., None] * inverse).repeat(1, 1, 2)[:, None]  # [3, 1, S, head_dim], as the layers take it
             gh, gw = torch.meshgrid(torch.arange(rows // 2), torch.arange(columns // 2), indexing="ij")
             grid_xy = torch.stack([gh, gw], -1).reshape(-1, 2).float() / 8 - 1
-            self.known[rows, columns] = (grid_xy, (angles.cos(), angles.sin()), (table.cos(), table.sin()), mask[None, None])
+            self.known[rows, columns] = (grid_xy, tower, (table.cos(), table.sin()), mask[None, None])
         return self.known[rows, columns]
 
 
@@ -173,12 +241,11 @@ class Ropes:
 
 
 @torch.no_grad()
-def answers(model: Qwen2VLForConditionalGeneration, items: Sequence[Any], batch: int = 16) -> list[str]:
+def answers(model: Model, items: Sequence[Any], batch: int = 16) -> list[str]:
     """Greedy answers of the unpruned model, images of one size, batched by prompt length."""
     words = vocabulary()
     ids = {word: i for i, word in enumerate(words)}
     end = ids["<|im_end|>"]
-    visual_rope: dict[tuple[int, int], Any] = {}
     ropes = Ropes(model.config, [])
     result: dict[int, str] = {}
     by_length: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -189,9 +256,7 @@ def answers(model: Qwen2VLForConditionalGeneration, items: Sequence[Any], batch:
         for start in range(0, len(indices), batch):
             chosen = indices[start : start + batch]
             pixels = np.stack([preprocess_image(items[i].image, ImageProcessorConfig()).pixel_values for i in chosen])
-            key = (rows * 2, columns * 2)
-            visual_rope.setdefault(key, ropes(*key)[1])
-            visual = run_tower(model.model.visual, torch.from_numpy(pixels), *visual_rope[key])
+            visual = run_tower(model.model.visual, torch.from_numpy(pixels), ropes(rows * 2, columns * 2)[1])
             prompts = [["<|im_start|>", "user", "<|vision_start|>", "<|vision_end|>", *items[i].question.prompt.split()] for i in chosen]
             tokens = torch.tensor([[ids[w] for w in [*p, "<|im_end|>", "<|im_start|>", "assistant"]] for p in prompts])
             text = model.model.language_model.embed_tokens(tokens)
@@ -217,9 +282,7 @@ def answers(model: Qwen2VLForConditionalGeneration, items: Sequence[Any], batch:
     return [result[i] for i in range(len(items))]
 
 
-def accuracy(
-    model: Qwen2VLForConditionalGeneration, kinds: Sequence[str], *, count: int, side: int = 448, seed: int = HELD_OUT_SEED
-) -> dict[str, float]:
+def accuracy(model: Model, kinds: Sequence[str], *, count: int, side: int = 448, seed: int = HELD_OUT_SEED) -> dict[str, float]:
     items = list(samples(seed=seed, count=count, kinds=kinds, width=side, height=side))
     right: dict[str, list[bool]] = defaultdict(list)
     for item, answer in zip(items, answers(model, items), strict=True):
@@ -231,7 +294,7 @@ def accuracy(
 # ------------------------------------------------------------------------------------------------------------- checkpoint
 
 
-def save_checkpoint(model: Qwen2VLForConditionalGeneration, folder: Path) -> None:
+def save_checkpoint(model: Model, folder: Path) -> None:
     """Write what Hugging Face's ``from_pretrained`` reads, weights in fp16."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -254,7 +317,7 @@ def save_checkpoint(model: Qwen2VLForConditionalGeneration, folder: Path) -> Non
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     processor = ImageProcessorConfig()
     (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": PROCESSORS[model.config.model_type],
         "min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
         "image_mean": processor.image_mean, "image_std": processor.image_std, "do_resize": True, "do_rescale": True, "do_normalize": True,
         "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
@@ -264,9 +327,18 @@ def save_checkpoint(model: Qwen2VLForConditionalGeneration, folder: Path) -> Non
     )
 
 
+def copy_matching(model: Model, folder: Path) -> int:
+    """Copy from the checkpoint in ``folder``, of either family, every parameter whose name and shape match; returns how many."""
+    source, own = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict(), model.state_dict()
+    matching = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(matching, strict=False)
+    return len(matching)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_vl")
     parser.add_argument("--minutes", type=float, default=110, help="training time; the schedule follows the clock")
     parser.add_argument("--steps", type=int, help="number of steps instead of --minutes: same data order and schedule on every machine")
     parser.add_argument("--seed", type=int, default=1)
@@ -276,12 +348,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--tower-size", type=int, default=128)
-    parser.add_argument("--tower-blocks", type=int, default=4)
+    parser.add_argument("--tower-blocks", type=int, help="default: 4, of qwen2_5_vl 6")
+    parser.add_argument("--full-blocks", default="2,5", help="tower blocks of qwen2_5_vl without windows, comma-separated")
     parser.add_argument("--tower-heads", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
-    parser.add_argument("--resume", type=Path, help="a training_state.pt of the same options")
-    parser.add_argument("--resume-at", type=float, help="set the clock of a resumed run to this minute (rate and curriculum follow it)")
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument("--resume", type=Path, help="a training_state.pt of the same options")
+    origin.add_argument("--start", type=Path, help="a checkpoint of either family, from which parameters of the same name and shape are copied")
+    parser.add_argument("--begin-at", "--resume-at", type=float, help="begin with the clock at this minute (rate and curriculum follow it)")
+    parser.add_argument(
+        "--decoder-warm-up", type=int, default=60, help="steps until the decoder learns at the full rate; more spare one that can see"
+    )
     parser.add_argument("--evaluate-every", type=float, default=10, help="minutes between evaluations and saves")
     args = parser.parse_args()
     kinds = args.kinds.split(",")
@@ -290,27 +368,40 @@ def main() -> None:
         parser.error(f"--kinds: unknown {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
     if not 0 <= args.seed < TRAINING_SEEDS:
         parser.error(f"--seed must be below {TRAINING_SEEDS}: larger seeds are held-out data")
+    if args.begin_at is not None and args.steps:
+        parser.error("--begin-at sets the clock, which --steps does not follow")
+    args.tower_blocks = args.tower_blocks or (4 if args.family == "qwen2_vl" else 6)
+    args.full_blocks = [int(number) for number in args.full_blocks.split(",")]
+    if args.family == "qwen2_5_vl" and not all(0 <= number < args.tower_blocks for number in args.full_blocks):
+        parser.error(f"--full-blocks must be of the tower's {args.tower_blocks} blocks, 0 to {args.tower_blocks - 1}")
     train(args, kinds)
 
 
 def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    model = Qwen2VLForConditionalGeneration._from_config(model_config(args), dtype=torch.float32)
+    model_class = FAMILIES[args.family][1]
+    model = model_class._from_config(model_config(args), dtype=torch.float32)
     trainee = Trainee(model)
     ropes = Ropes(model.config, branch_lengths(kinds, args.questions))
-    matrices = [p for n, p in trainee.named_parameters() if p.ndim == 2 and ("blocks" in n or "layers" in n or "merger" in n)]
-    muon = Muon(matrices)
-    chosen = {id(p) for p in matrices}
-    others = [p for p in trainee.parameters() if id(p) not in chosen]
-    adam = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    # Tower and heads, then the decoder: a decoder from elsewhere has a warm-up of its own.
+    parts = [[(n, p) for n, p in trainee.named_parameters() if ("language_model" in n) == decoder] for decoder in (False, True)]
+    is_matrix = {n: p.ndim == 2 and ("blocks" in n or "layers" in n or "merger" in n) for n, p in trainee.named_parameters()}
+    muons = [Muon([p for n, p in part if is_matrix[n]]) for part in parts]
+    others = [p for n, p in trainee.named_parameters() if not is_matrix[n]]
+    groups = [{"params": [p for n, p in part if not is_matrix[n]]} for part in parts]
+    adam = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     step, spent = 0, 0.0
+    if args.start:
+        print(f"{copy_matching(model, args.start)} of {len(model.state_dict())} parameters are of {args.start}", flush=True)
     if args.resume:
         state = torch.load(args.resume, weights_only=True)
         trainee.load_state_dict(state["trainee"])
         adam.load_state_dict(state["adam"])
-        muon.moments = dict(zip(muon.moments, state["muon"], strict=True))
-        step, spent = state["step"], state["spent"] if args.resume_at is None else args.resume_at
+        for muon, moments in zip(muons, state["muon"], strict=True):
+            muon.moments = dict(zip(muon.moments, moments, strict=True))
+        step, spent = state["step"], state["spent"]
+    spent = spent if args.begin_at is None else args.begin_at
 
     context = multiprocessing.get_context("spawn")
     queue, shared = context.Queue(maxsize=6), context.Value("d", 0.0)
@@ -329,14 +420,13 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
             break
         shared.value = progress
         batch = {name: torch.from_numpy(value) for name, value in queue.get().items()}
-        warm = min(1.0, (step + 1) / 60)
         # Constant for 40 % of the time, then 1 − √ of the rest to zero (Hägele et al., arXiv 2405.18392): large pictures leave few a batch, and
         # at the full rate their noise keeps the dense targets from falling.
-        rate = warm * (1 - math.sqrt(max(0.0, progress - 0.4) / 0.6))
-        for group in adam.param_groups:
+        rates = [min(1.0, (step + 1) / warm) * (1 - math.sqrt(max(0.0, progress - 0.4) / 0.6)) for warm in (60, args.decoder_warm_up)]
+        for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = 2e-3 * rate
         rows, columns = batch["grid"].tolist()
-        grid_xy, tower_rope, rope, mask = ropes(rows, columns)
+        grid_xy, grid, rope, mask = ropes(rows, columns)
         with torch.autocast("cpu", torch.bfloat16):
             losses = run(
                 batch["pixels"].bfloat16(),
@@ -346,7 +436,7 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
                 batch["color"],
                 batch["center"],
                 grid_xy,
-                tower_rope,
+                grid,
                 rope,
                 mask,
             )
@@ -354,7 +444,8 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
             total = losses["answer"] + aux * (losses["shape"] + losses["color"] + losses["center"]) + 0.3 * losses["position"]
         total.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
-        muon.step(0.02 * rate)
+        for muon, rate in zip(muons, rates, strict=True):
+            muon.step(0.02 * rate)
         adam.step()
         trainee.zero_grad(set_to_none=True)
         step, since = step + 1, since + 1
@@ -385,12 +476,18 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
             log.write(json.dumps(entry) + "\n")
             save_checkpoint(model, args.output)
             torch.save(
-                {"trainee": trainee.state_dict(), "adam": adam.state_dict(), "muon": list(muon.moments.values()), "step": step, "spent": elapsed},
+                {
+                    "trainee": trainee.state_dict(),
+                    "adam": adam.state_dict(),
+                    "muon": [list(muon.moments.values()) for muon in muons],
+                    "step": step,
+                    "spent": elapsed,
+                },
                 args.output / "training_state.pt",
             )
     feeder.terminate()
     save_checkpoint(model, args.output)
-    final = Qwen2VLForConditionalGeneration.from_pretrained(args.output, dtype=torch.float32)  # what ships: rounded to fp16
+    final = model_class.from_pretrained(args.output, dtype=torch.float32)  # what ships: rounded to fp16
     report = {str(side): accuracy(final, kinds, count=110 * len(kinds), side=side) for side in (224, 336, 448)}
     (args.output / "accuracy.json").write_text(
         json.dumps({"held_out_seed": HELD_OUT_SEED, "questions_per_size": 110 * len(kinds), "steps": step, "accuracy": report}, indent=2) + "\n"
