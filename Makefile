@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SERVER := $(VENV)/triton-server
 SERVER_READY := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(SERVER)/.ready)
-SOURCES := $(wildcard exporter/*.py exporter/*/*.py exporter/tiny/checkpoint/* exporter/tuned/* plugins/*.py engines/*.py engines/*/*.py)
+SOURCES := $(wildcard exporter/*.py exporter/*/*.py exporter/tiny/*/* exporter/tuned/* plugins/*.py engines/*.py engines/*/*.py)
 
 .PHONY: demo test test-slow lint clean
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ALIASES", "Checkpoint", "CheckpointError", "TensorReader", "open_checkpoint", "resolve_model"]
 
-TINY = Path(__file__).parent / "tiny" / "checkpoint"
+TINY = Path(__file__).parent / "tiny"
 ALIASES: dict[str, str] = {
-    "tiny": str(TINY),
+    "tiny": str(TINY / "checkpoint"),
+    "tiny-2.5": str(TINY / "checkpoint-2.5"),
     "qwen2-vl": "Qwen/Qwen2-VL-2B-Instruct",
     "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
     "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",

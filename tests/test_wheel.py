@@ -65,14 +65,12 @@ def test_the_wheel_holds_every_module_of_the_tree(wheel: Path) -> None:
     assert expected - packed == set()
 
 
-def test_the_wheel_holds_the_small_model(wheel: Path) -> None:
-    checkpoint = ROOT / "exporter" / "tiny" / "checkpoint"
-    if not checkpoint.is_dir():
-        pytest.skip("exporter/tiny/checkpoint is not in this tree")
+@pytest.mark.parametrize("folder", ["checkpoint", "checkpoint-2.5"])
+def test_the_wheel_holds_the_small_models(wheel: Path, folder: str) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
     for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json"):
-        assert f"vflow/exporter/tiny/checkpoint/{name}" in packed
+        assert f"vflow/exporter/tiny/{folder}/{name}" in packed
 
 
 def test_what_is_installed_is_imported_from_there(installed: Path) -> None:

@@ -34,8 +34,9 @@ import torch
 import triton
 from gpu_cases import SIZES, Case, cases
 from gpu_engines import check_engine
-from gpu_models import Runtime, available_runtimes, check_model, compare_speed, large_model, schedules, unsupported_gpu
+from gpu_models import SMALL_MODELS, Runtime, available_runtimes, check_model, compare_speed, large_model, schedules, unsupported_gpu
 from gpu_timing import machine_limits, pair_times, scoring_times, time_case
+from make_model import SHAPES
 from torch import Tensor
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.plugins.contract import Contract, bind
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["odd", "usual", "tower", "large"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; on a CPU kernels and times")
-    parser.add_argument("--shape", choices=["tiny", "2b", "7b"], default="7b", help="of the model that is timed")
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="7b", help="of the model that is timed")
     parser.add_argument("--sides", nargs="+", type=int, default=[46, 78], help="of the timed images, in visual tokens: 2,116 and 6,084 of them")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="of the inputs; new ones each time unless given")
     options = parser.parse_args(arguments)
@@ -238,13 +239,14 @@ def check_engines(report: Report, sizes: Sequence[str], device: torch.device, se
 
 
 def check_models(report: Report, device: torch.device) -> None:
-    """Part 5: whole engines of the small model, on every runtime that can be had here."""
-    small = open_checkpoint("tiny")
+    """Part 5: whole engines of the small models, one of each family, on every runtime that can be had here."""
     with tempfile.TemporaryDirectory(prefix="vflow-gpu-check-") as name:
         for runtime in _runtimes(report, "model", device):
-            for label, schedule in schedules(small).items():
-                place = Path(name) / f"{label}-{runtime[0].replace(' ', '-')}"
-                report.add("model", f"tiny, {runtime[0]} {label}", lambda r=runtime, s=schedule, p=place: check_model(small, s, r, p))  # type: ignore[misc]
+            for model in SMALL_MODELS:
+                small = open_checkpoint(model)
+                for label, schedule in schedules(small).items():
+                    place = Path(name) / f"{model}-{label}-{runtime[0].replace(' ', '-')}"
+                    report.add("model", f"{model}, {runtime[0]} {label}", lambda m=small, r=runtime, s=schedule, p=place: check_model(m, s, r, p))  # type: ignore[misc]
 
 
 def check_speed(report: Report, device: torch.device, shape: str, sides: Sequence[int]) -> None:

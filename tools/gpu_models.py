@@ -34,6 +34,7 @@ __all__ = ["PAPER", "Runtime", "available_runtimes", "check_model", "compare_spe
 PAPER = "paper: 3.8 times faster, 89 % less KV memory at 90 % pruned"  # arXiv 2508.05211, abstract; another model, device and data
 KEEP = 0.1
 PRESETS = ("progressive", "tower")
+SMALL_MODELS = ("tiny", "tiny-2.5")  # one of each family
 PROMPT = "how many objects are there ?"
 TEXT_TOKENS, NEW_TOKENS = 64, 17
 CHECKED_INPUTS = 5

@@ -1,11 +1,14 @@
 """Train the small Qwen2-VL or Qwen2.5-VL that ships with vflow-export, on generated visual question answering.
 
     python tools/train_tiny.py --output exporter/tiny/checkpoint --minutes 110
-    python tools/train_tiny.py --output exporter/tiny/windowed --family qwen2_5_vl --start exporter/tiny/checkpoint
+    python tools/train_tiny.py --output exporter/tiny/checkpoint-2.5 --family qwen2_5_vl --start exporter/tiny/checkpoint \\
+        --minutes 84 --begin-at 6 --decoder-warm-up 500 --kinds shape,color,count,count_color,count_shape,exists
 
 Writes a Hugging Face checkpoint (config.json, model.safetensors in fp16, tokenizer, processor, chat template), and
-beside it training_log.jsonl and accuracy.json. What makes it converge on two CPU cores is stated where it is done; the
-sources are the Qwen2-VL and Qwen2.5-VL reports (arXiv 2409.12191, 2502.13923) for the models and Muon (Jordan et al., 2024) for the optimiser.
+beside it training_log.jsonl and accuracy.json. What makes it converge on two CPU cores is stated where it is done; where
+the cores are shared, OMP_WAIT_POLICY=PASSIVE keeps a step from taking ten times as long, or give it ``--threads 1``. The
+sources are the Qwen2-VL and Qwen2.5-VL reports (arXiv 2409.12191, 2502.13923) for the models and Muon (Jordan et al., 2024) for the
+optimiser.
 """
 
 from __future__ import annotations
@@ -27,23 +30,14 @@ import torch.nn.functional as F
 from muon import Muon
 from tiny_batches import BRANCH, PREFIX, SPECIAL, branch_lengths, feed, layout, vocabulary
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForImageTextToText,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
+from vflow.exporter.models import FAMILIES, ModelConfig
 from vflow.exporter.tiny.scenes import COLORS, KINDS, SHAPES, samples
 
 TRAINING_SEEDS = 1_000_000  # seeds below are for training, the others for held-out data
 HELD_OUT_SEED = 7_000_000
 Model = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration
-FAMILIES: dict[str, tuple[type, type[Model]]] = {
-    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
-    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
-}
 PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
 WINDOW = 4  # visual tokens a side of an attention window of Qwen2.5-VL
 CHAT_TEMPLATE = (
@@ -77,10 +71,10 @@ def tower_config(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def model_config(args: argparse.Namespace) -> Qwen2VLConfig | Qwen2_5_VLConfig:
+def model_config(args: argparse.Namespace) -> ModelConfig:
     ids = {word: i for i, word in enumerate(vocabulary())}
     head_dim = args.hidden_size // args.heads
-    return FAMILIES[args.family][0](
+    return FAMILIES[args.family].config(
         text_config={
             "vocab_size": len(ids),
             "hidden_size": args.hidden_size,
@@ -210,7 +204,7 @@ class Trainee(nn.Module):
 class Ropes:
     """Rotary tables and windows by grid, computed once."""
 
-    def __init__(self, config: Qwen2VLConfig | Qwen2_5_VLConfig, branches: Sequence[int]) -> None:
+    def __init__(self, config: ModelConfig, branches: Sequence[int]) -> None:
         self.config, self.branches, self.known = config, branches, {}
 
     def __call__(self, rows: int, columns: int) -> tuple[Any, ...]:
@@ -380,7 +374,7 @@ def main() -> None:
 def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    model_class = FAMILIES[args.family][1]
+    model_class = FAMILIES[args.family].model
     model = model_class._from_config(model_config(args), dtype=torch.float32)
     trainee = Trainee(model)
     ropes = Ropes(model.config, branch_lengths(kinds, args.questions))

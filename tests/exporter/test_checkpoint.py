@@ -64,6 +64,7 @@ def test_a_folder_is_found_again_from_elsewhere(random_checkpoint: Path, tmp_pat
     assert open_checkpoint(name).path.samefile(random_checkpoint)
     assert Path(name).name == "random"
     assert open_checkpoint("tiny").name == "tiny"
+    assert open_checkpoint("tiny-2.5").config.model_type == "qwen2_5_vl"
 
 
 def test_a_tensor_that_is_in_two_files_is_refused(untied_checkpoint: Path, tmp_path: Path) -> None:

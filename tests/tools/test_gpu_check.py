@@ -102,7 +102,8 @@ def test_whole_engines_are_checked_and_timed_pruned_beside_unpruned(tmp_path: Pa
     run = subprocess.run([*command, "--output", str(tmp_path / "result.json")], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
-    assert all(rows[f"tiny, onnxruntime CPU {name}"]["passed"] for name in ("unpruned", "progressive", "tower", "merged"))
+    for model in ("tiny", "tiny-2.5"):
+        assert all(rows[f"{model}, onnxruntime CPU {name}"]["passed"] for name in ("unpruned", "progressive", "tower", "merged"))
     pruned = rows["tiny, onnxruntime CPU tower 64 tokens"]
     assert pruned["visual_tokens"] == 64 and pruned["kept"][-1] < 64
     assert pruned["kv_saved"] > 0.85 and pruned["times_faster"] > 0
