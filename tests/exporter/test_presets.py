@@ -17,27 +17,30 @@ from vflow.exporter.search_space import Budget, SearchSpace
 
 TINY = open_checkpoint("tiny")
 SHAPE = model_shape(TINY.config)
-KEEPS = (0.05, 0.1, 0.11, 0.22, 0.33)
+KEEPS = {"tiny": (0.05, 0.1, 0.11, 0.22, 0.33), "tiny-2.5": (0.1,)}  # the first: those of the paper's tables
 
 
-def test_the_small_model_ships_tuned_schedules_at_the_keeps_of_the_paper() -> None:
-    assert tuned_keeps(TINY.fingerprint) == KEEPS
+@pytest.mark.parametrize("model", KEEPS)
+def test_the_small_models_ship_tuned_schedules(model: str) -> None:
+    assert tuned_keeps(open_checkpoint(model).fingerprint) == KEEPS[model]
     assert tuned_keeps("another") == ()
 
 
 @pytest.mark.parametrize("tower", [False, True])
-@pytest.mark.parametrize("keep", KEEPS)
-def test_tuned_schedules_fit_their_model_and_budget(keep: float, tower: bool) -> None:
-    schedule = tuned_schedule(TINY.fingerprint, keep, tower=tower)
+@pytest.mark.parametrize(("model", "keep"), [(model, keep) for model, keeps in KEEPS.items() for keep in keeps])
+def test_tuned_schedules_fit_their_model_and_budget(model: str, keep: float, tower: bool) -> None:
+    checkpoint = open_checkpoint(model)
+    shape = model_shape(checkpoint.config)
+    schedule = tuned_schedule(checkpoint.fingerprint, keep, tower=tower)
     assert schedule is not None
-    schedule.check(SHAPE, fingerprint=TINY.fingerprint)
+    schedule.check(shape, fingerprint=checkpoint.fingerprint)
     budget = Budget(**schedule.provenance["budget"])
     assert budget.keep == keep
-    assert schedule.average_keep(SHAPE.decoder.layers) <= keep
+    assert schedule.average_keep(shape.decoder.layers) <= keep
     assert (budget.prefill_flops is not None) == tower
     if budget.prefill_flops is not None:
         assert schedule.tower_stages
-        assert SearchSpace(SHAPE, budget).flops_share(schedule) <= budget.prefill_flops
+        assert SearchSpace(shape, budget).flops_share(schedule) <= budget.prefill_flops
     assert {"objective", "value", "trials", "seed", "calibration"} <= set(schedule.provenance)
 
 
