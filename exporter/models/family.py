@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
 from ..shape import DecoderShape, ModelShape, TowerShape
 
-__all__ = ["Family", "ModelConfig", "image_token_ids"]
+__all__ = ["Family", "ModelConfig", "heads_problem", "image_token_ids", "patch_dim"]
 
 ModelConfig: TypeAlias = Qwen2VLConfig | Qwen2_5_VLConfig
 TEXT_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
