@@ -52,7 +52,8 @@ def refused(model: Path | str, message: str) -> str:
 @pytest.mark.parametrize("model", ["gpt-5", "./no/such/folder", "a/b/c", "../x", "owner/name/", "", "qwen2-vl-3b"])
 def test_unknown_names_are_refused_with_the_aliases(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(model, r"no such folder, and not a hub id \(owner/name\) or an alias \(tiny, tiny-2\.5, qwen2-vl" if model else "config.json|no such folder")
+    unknown = r"no such folder, and not a hub id \(owner/name\) or an alias \(tiny, tiny-2\.5, qwen2-vl"
+    refused(model, unknown if model else "config.json|no such folder")
 
 
 @pytest.mark.parametrize("typed", [".", "../random", "random"])
