@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx.inliner import inline_local_functions
-from schedules import SCHEDULES
+from schedules import SCHEDULES, WINDOWED_SCHEDULES
 from support import MAX_VISUAL_TOKENS, picture
 from vflow.engines import Engine, Session
 from vflow.engines.preprocess import preprocess_image
@@ -38,7 +38,7 @@ def products(path: Path, values: dict[str, Any], *, causal: bool) -> int:
         first, second = (shapes[name] for name in node.input[:2])
         if node.op_type == "Attention":
             query, key, value = (shapes[name] for name in node.input[:3])
-            heads, length = query[1], query[2]
+            heads, length = query[0] * query[1], query[2]  # of all windows, where they are the batch
             if causal:  # keys beyond the lengths are never looked at: a row sees itself and what is before
                 total += heads * (query[3] + value[3]) * length * (length + 1)
             else:
@@ -87,6 +87,14 @@ def test_the_products_in_an_engine_s_graphs_are_the_arithmetic_s(build: Callable
     vision, language, text_tokens = inputs(Session(engine))
     expected = cost(engine.schedule, engine.shape, rows=ROWS, columns=COLUMNS, text_tokens=text_tokens)
     assert products(engine.path / "language.onnx", language, causal=True) == expected.decoder_flops
+    assert products(engine.path / "vision.onnx", vision, causal=False) == expected.tower_flops + expected.scoring_flops
+
+
+@pytest.mark.parametrize("name", list(WINDOWED_SCHEDULES))
+def test_they_are_where_the_tower_looks_at_windows(build: Callable[..., Engine], windowed_checkpoint: Path, name: str) -> None:
+    engine = build(windowed_checkpoint, WINDOWED_SCHEDULES[name])
+    vision, _, text_tokens = inputs(Session(engine))
+    expected = cost(engine.schedule, engine.shape, rows=ROWS, columns=COLUMNS, text_tokens=text_tokens)
     assert products(engine.path / "vision.onnx", vision, causal=False) == expected.tower_flops + expected.scoring_flops
 
 
