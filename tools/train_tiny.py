@@ -32,7 +32,7 @@ from tiny_batches import BRANCH, PREFIX, SPECIAL, branch_lengths, feed, layout, 
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
-from vflow.exporter.models import FAMILIES, ModelConfig
+from vflow.exporter.models import FAMILIES, ModelConfig, model_shape
 from vflow.exporter.tiny.scenes import COLORS, KINDS, SHAPES, samples
 
 TRAINING_SEEDS = 1_000_000  # seeds below are for training, the others for held-out data
@@ -209,15 +209,15 @@ class Ropes:
 
     def __call__(self, rows: int, columns: int) -> tuple[Any, ...]:
         if (rows, columns) not in self.known:
-            vision, text = self.config.vision_config, self.config.text_config
-            windowed = self.config.model_type == "qwen2_5_vl"
-            axis = (vision.hidden_size if windowed else vision.embed_dim) // vision.num_heads // 2
+            text = self.config.text_config
+            sizes = model_shape(self.config).tower
+            axis = sizes.head_dim // 2
             inverse = 1.0 / 10_000 ** (torch.arange(0, axis, 2).float() / axis)
             h, w = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
             order = torch.arange(rows * columns).view(rows // 2, 2, columns // 2, 2).transpose(1, 2).reshape(-1)
             angles = torch.stack([h.reshape(-1)[order], w.reshape(-1)[order]], -1)[..., None] * inverse
             angles = angles.flatten(1).repeat(1, 2)
-            by_window, windows = window_order(rows // 2, columns // 2) if windowed else (None, [])
+            by_window, windows = window_order(rows // 2, columns // 2) if sizes.window else (None, [])
             if by_window is not None:
                 angles = angles.unflatten(0, (-1, 4))[by_window].flatten(0, 1)
             tower = TowerLayout(angles.cos(), angles.sin(), by_window, windows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,11 +10,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
 from ..shape import DecoderShape, ModelShape, TowerShape
 
-__all__ = ["Family", "ModelConfig", "heads_problem", "image_token_ids", "patch_dim"]
+__all__ = ["Family", "ModelConfig", "image_token_ids"]
 
 ModelConfig: TypeAlias = Qwen2VLConfig | Qwen2_5_VLConfig
 TEXT_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-PATCH_SIZES = ("in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size")
+TOWER_SIZES = ("depth", "num_heads", "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size")
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,32 @@ class Family:
         name: ``model_type`` in config.json.
         title: as its authors write it.
         config, model: Hugging Face's classes.
-        vision_sizes: fields of the vision configuration that must be at least 1, beside those of a patch.
-        tower: the tower's shape, of a vision configuration.
-        problem: what is wrong with the tower of a configuration whose sizes are whole numbers.
+        width: field of the vision configuration that holds the tower's width.
+        tower: of a vision configuration, what of the tower's shape is the family's own.
+        sizes: fields of the vision configuration that must be at least 1 beside those of every family.
+        problem: what else is wrong with the tower of a configuration whose sizes are whole numbers.
     """
 
     name: str
     title: str
     config: type[Any]
     model: type[Any]
-    vision_sizes: tuple[str, ...]
-    tower: Callable[[Any], TowerShape]
-    problem: Callable[[Any], str | None]
+    width: str
+    tower: Callable[[Any], Mapping[str, Any]]
+    sizes: tuple[str, ...] = ()
+    problem: Callable[[Any], str | None] = lambda config: None
 
     def shape(self, config: ModelConfig) -> ModelShape:
         """Tower and decoder of a configuration that has been checked."""
-        text = config.text_config
+        vision, text = config.vision_config, config.text_config
+        tower = TowerShape(
+            blocks=vision.depth,
+            embed_dim=getattr(vision, self.width),
+            heads=vision.num_heads,
+            patch_dim=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            merge_size=vision.spatial_merge_size,
+            **self.tower(vision),
+        )
         decoder = DecoderShape(
             layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
@@ -50,7 +60,7 @@ class Family:
             mlp_dim=text.intermediate_size,
             vocab_size=text.vocab_size,
         )
-        return ModelShape(self.tower(config.vision_config), decoder)
+        return ModelShape(tower, decoder)
 
     def check(self, config: ModelConfig) -> str | None:
         """What the graphs would compute wrongly or fail at, of what transformers lets pass; the field to change is named."""
@@ -60,7 +70,7 @@ class Family:
         rope = text.rope_parameters or {}
         if rope.get("rope_type", "default") != "default":
             return f"rope_type {rope['rope_type']!r} is not supported (supported: default)"
-        for part, names in (("text_config", TEXT_SIZES), ("vision_config", (*self.vision_sizes, *PATCH_SIZES))):
+        for part, names in (("text_config", TEXT_SIZES), ("vision_config", (self.width, *self.sizes, *TOWER_SIZES))):
             for name in names:
                 size = getattr(config, part).__dict__[name]
                 if type(size) is not int or size < 1:
@@ -70,22 +80,12 @@ class Family:
         sections = rope.get("mrope_section")
         if not isinstance(sections, list) or len(sections) != 3 or 2 * sum(sections) != text.hidden_size // text.num_attention_heads:
             return "text_config.rope_parameters.mrope_section must be three whole numbers that sum to half of the width of a head"
+        vision = config.vision_config
+        if getattr(vision, self.width) % (4 * vision.num_heads):  # the two-dimensional rotary embedding turns quarters
+            return f"vision_config.num_heads must divide {self.width} into heads whose width is a multiple of 4"
         return self.problem(config)
 
 
 def image_token_ids(config: ModelConfig) -> dict[str, int]:
     """Special tokens around an image."""
     return {"image": config.image_token_id, "vision_start": config.vision_start_token_id, "vision_end": config.vision_end_token_id}
-
-
-def patch_dim(vision: Any) -> int:
-    """Values of one flattened patch."""
-    size: int = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return size
-
-
-def heads_problem(width: int, heads: int, field: str) -> str | None:
-    """Heads of the tower, whose two-dimensional rotary embedding turns quarters."""
-    if width % (4 * heads):
-        return f"vision_config.num_heads must divide {field} into heads whose width is a multiple of 4"
-    return None

@@ -6,24 +6,18 @@ from typing import Any
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from ..shape import TowerShape
-from .family import Family, heads_problem, patch_dim
+from .family import Family
 
 __all__ = ["QWEN2_5_VL"]
 
 
-def _tower(vision: Any) -> TowerShape:
-    return TowerShape(
-        blocks=vision.depth,
-        embed_dim=vision.hidden_size,
-        heads=vision.num_heads,
-        mlp_dim=vision.intermediate_size,
-        patch_dim=patch_dim(vision),
-        merge_size=vision.spatial_merge_size,
-        mlp_matrices=3,
-        window=vision.window_size // (vision.patch_size * vision.spatial_merge_size),
-        full_blocks=tuple(sorted(set(vision.fullatt_block_indexes))),
-    )
+def _tower(vision: Any) -> dict[str, Any]:
+    return {
+        "mlp_dim": vision.intermediate_size,
+        "mlp_matrices": 3,
+        "window": vision.window_size // (vision.patch_size * vision.spatial_merge_size),
+        "full_blocks": tuple(sorted(set(vision.fullatt_block_indexes))),
+    }
 
 
 def _problem(config: Qwen2_5_VLConfig) -> str | None:
@@ -35,7 +29,7 @@ def _problem(config: Qwen2_5_VLConfig) -> str | None:
         return f"vision_config.fullatt_block_indexes must be blocks of the tower, 0..{vision.depth - 1}"
     if vision.out_hidden_size != config.text_config.hidden_size:
         return "vision_config.out_hidden_size must be text_config.hidden_size"
-    return heads_problem(vision.hidden_size, vision.num_heads, "hidden_size")
+    return None
 
 
 QWEN2_5_VL = Family(
@@ -43,7 +37,8 @@ QWEN2_5_VL = Family(
     title="Qwen2.5-VL",
     config=Qwen2_5_VLConfig,
     model=Qwen2_5_VLForConditionalGeneration,
-    vision_sizes=("depth", "hidden_size", "num_heads", "intermediate_size", "window_size"),
+    width="hidden_size",
     tower=_tower,
+    sizes=("intermediate_size", "window_size"),
     problem=_problem,
 )

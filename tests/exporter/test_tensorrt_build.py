@@ -287,9 +287,9 @@ def test_windows_and_proportional_attention_in_several_segments_are_built(
     stages = (Stage("tower", 2, 600, 2.0), Stage("decoder", 0, 400), Stage("decoder", 2, 150))
     engine = build(windowed_checkpoint, Schedule(stages, proportional_attention=1.5), "fp16")
     folder = Path(shutil.copytree(engine.path, tmp_path / "engine"))
-    for part in build_here(engine, folder).values():
-        if isinstance(part, dict) and "file" in part:
-            assert (folder / part["file"]).read_bytes()[:4] == PLAN_MAGIC
+    built = build_here(engine, folder)
+    for name in GRAPHS:
+        assert (folder / built[name]["file"]).read_bytes()[:4] == PLAN_MAGIC
     layers = json.loads((folder / "tensorrt-rtx" / "vision.layers.json").read_text())
     assert sum(row["attention"]["mask"] is not None for row in layers if row["type"] == "ATTENTION_INPUT") == 2  # blocks 0 and 2
 
