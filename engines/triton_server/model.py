@@ -48,6 +48,7 @@ class TritonPythonModel:
         """
         import triton_python_backend_utils as triton
 
+        self._server = os.getppid()
         self._triton = triton
         config = json.loads(args["model_config"])
         self._decoupled: bool = triton.using_decoupled_model_transaction_policy(config)
@@ -144,15 +145,16 @@ class TritonPythonModel:
         """Cancel what no client waits for any more, and keep the gauges.
 
         Where the server was killed, this process would outlive it with the engine's memory: it ends when its parent has changed. Triton's calls hold
-        Python's lock while they wait for the server, though, which they then do for ever; faulthandler's own thread ends that, since no thread of
-        Python's can.
+        Python's lock while they wait for the server, though, which they then do for ever; faulthandler's own thread, set before the first wait, ends
+        that, since no thread of Python's can.
         """
-        server = os.getppid()
-        while not self._stopped.wait(WATCH_SECONDS):
-            if os.getppid() != server:
-                os._exit(1)  # nobody is left to finalize for
+        while True:
             faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True, file=2)
             self._look_after_all()
+            if self._stopped.wait(WATCH_SECONDS):
+                break
+            if os.getppid() != self._server:
+                os._exit(1)  # nobody is left to finalize for
         faulthandler.cancel_dump_traceback_later()
 
     def _look_after_all(self) -> None:

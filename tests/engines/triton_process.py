@@ -140,8 +140,9 @@ class TritonProcess:
 
     def gauge(self, name: str, model: str) -> float:
         """One of the model's gauges, from the metrics endpoint."""
-        found = re.search(rf'^vflow_{name}{{model="{model}",version="1"}} (\S+)', self.get(self.metrics_port, "/metrics")[1], re.MULTILINE)
-        assert found is not None
+        text = self.get(self.metrics_port, "/metrics")[1]
+        found = re.search(rf'^vflow_{name}{{model="{model}",version="1"}} (\S+)', text, re.MULTILINE)
+        assert found is not None, text
         return float(found[1])
 
     def wait_for_gauge(self, name: str, model: str, value: float) -> None:
