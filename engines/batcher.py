@@ -339,7 +339,7 @@ class Batcher:
         logits, _ = self.backend.language(
             input_ids=tokens,
             position_ids=position_ids,
-            visual_embeds=np.zeros((0, self.engine.shape.decoder.hidden_size), self.backend.dtype),
+            visual_embeds=np.zeros((0, self.engine.shape.visual_width), self.backend.dtype),
             visual_positions=np.zeros(0, np.int64),
             importance=np.zeros(0, np.float32),
             key_bias=np.zeros(0, np.float32),

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 MANIFEST_FORMAT = 1
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a number
 WEIGHTS = ("full", "int8", "int4", "fp8")
 TOKENIZER_FILE = "tokenizer.json"
@@ -224,13 +224,19 @@ def _sizes(kind: type[Sizes], values: Mapping[str, Any], where: str, **others: A
 
 
 def _shape(values: Mapping[str, Any]) -> ModelShape:
-    sizes = {"mlp_matrices": 2, "window": 0, "full_blocks": [], **field(values, "tower", Mapping, "shape.")}  # engines from before windows lack these
-    blocks = field(sizes, "full_blocks", list, "shape.tower.")
-    if not all(type(block) is int and block >= 0 for block in blocks):
-        raise EngineError(f"field shape.tower.full_blocks must be a list of blocks, got {blocks!r:.60}")
-    tower = _sizes(TowerShape, sizes, "shape.tower.", window=count(sizes, "window", "shape.tower."), full_blocks=tuple(blocks))
+    older = {"mlp_matrices": 2, "window": 0, "full_blocks": [], "deepstack_blocks": []}  # what engines from before these lack
+    sizes = {**older, **field(values, "tower", Mapping, "shape.")}
+    blocks = {name: _blocks(sizes, name) for name in ("full_blocks", "deepstack_blocks")}
+    tower = _sizes(TowerShape, sizes, "shape.tower.", window=count(sizes, "window", "shape.tower."), **blocks)
     decoder = _sizes(DecoderShape, field(values, "decoder", Mapping, "shape."), "shape.decoder.")
     return ModelShape(tower, decoder)
+
+
+def _blocks(values: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    blocks = field(values, name, list, "shape.tower.")
+    if not all(type(block) is int and block >= 0 for block in blocks):
+        raise EngineError(f"field shape.tower.{name} must be a list of blocks, got {blocks!r:.60}")
+    return tuple(blocks)
 
 
 def _schedule(values: Mapping[str, Any]) -> Schedule:

@@ -135,7 +135,7 @@ def prepare_request(engine: Engine, backend: VisionBackend, request: Request) ->
     tower = engine.shape.tower
     began = time.perf_counter()
     none = np.zeros(0, np.float32)
-    embedded, survivors = [EmbeddedImage(np.zeros((0, engine.shape.decoder.hidden_size), backend.dtype), none, np.zeros(0, np.int64))], []
+    embedded, survivors = [EmbeddedImage(np.zeros((0, engine.shape.visual_width), backend.dtype), none, np.zeros(0, np.int64))], []
     for patches, (rows, columns), budget in zip(request.patches, request.grids, request.budgets, strict=True):
         entropy = patches.entropy.reshape(rows, columns, tower.group) if patches.entropy.size else patches.entropy
         image = backend.vision(patches.pixel_values.reshape(rows, columns, tower.group, tower.patch_dim), entropy, budget)

@@ -183,7 +183,7 @@ class Session:
             input_ids=input_ids,
             position_ids=text_positions(self._next_position, input_ids.size),
             next_position=self._next_position + input_ids.size,
-            visual_embeds=np.zeros((0, self.engine.shape.decoder.hidden_size), self.backend.dtype),
+            visual_embeds=np.zeros((0, self.engine.shape.visual_width), self.backend.dtype),
             importance=np.zeros(0, np.float32),
             key_bias=np.zeros(0, np.float32),
             visual_positions=np.zeros(0, np.int64),

@@ -23,7 +23,7 @@ class Cost:
 
     Attributes:
         tower_tokens, tower_block_flops: per tower block.
-        embed_flops: patch embedding and merger.
+        embed_flops: patch embedding and mergers.
         scoring_flops: importance and merging, as the exported graphs compute them.
         decoder_tokens, decoder_layer_flops: per decoder layer; the sequence is these and the text.
         guidance_flops: the last token's attention at stages that look at it.
@@ -62,7 +62,8 @@ def cost(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, text
     in_tower = tuple(keep_count(tokens, schedule.keep_at("tower", block)) for block in range(tower.blocks))
     in_decoder = tuple(keep_count(tokens, schedule.keep_at("decoder", layer)) for layer in range(decoder.layers))
     width, merged = tower.embed_dim, tower.group * tower.embed_dim
-    embed = 2 * tokens * tower.group * tower.patch_dim * width + 2 * in_tower[-1] * merged * (merged + decoder.hidden_size)
+    merged_tokens = sum(in_tower[block] for block in (*tower.deepstack_blocks, tower.blocks - 1))
+    embed = 2 * tokens * tower.group * tower.patch_dim * width + 2 * merged_tokens * merged * (merged + decoder.hidden_size)
 
     # The graphs lay survivors out in whole windows.
     in_windows = tower.windows(rows) * tower.windows(columns) * (tower.window**2 * tower.group) ** 2 if tower.window else 0
@@ -130,7 +131,11 @@ def _lse_flops(rows: int, patches: int, tower: TowerShape, wide: int) -> int:
 def _merge_flops(schedule: Schedule, stage: Stage, shape: ModelShape, tokens: int) -> int:
     earlier = schedule.stages[: schedule.stages.index(stage)]
     alive = keep_count(tokens, earlier[-1].keep if earlier else KEEP_UNIT)
-    width = shape.tower.group * shape.tower.embed_dim if stage.part == "tower" else shape.decoder.hidden_size
+    if stage.part == "tower":
+        given = sum(block < stage.layer for block in shape.tower.deepstack_blocks)  # blocks whose features for the decoder travel with a token
+        width = shape.tower.group * shape.tower.embed_dim + given * shape.decoder.hidden_size
+    else:
+        width = shape.visual_width
     if schedule.proportional_attention and any(before.recycle is not None for before in earlier):
         width += 1  # how many tokens each stands for is summed like a feature
     return 2 * keep_count(tokens, stage.keep) * alive * width
@@ -155,8 +160,9 @@ def traffic(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, t
     counted = cost(schedule, shape, rows=rows, columns=columns, text_tokens=text_tokens)
     tower, decoder, tokens = shape.tower, shape.decoder, rows * columns
     width, merged, hidden = tower.embed_dim, tower.group * tower.embed_dim, decoder.hidden_size
-    embed = tower.patch_dim * width + merged * (merged + hidden)
-    embed += tokens * tower.group * (tower.patch_dim + width) + counted.tower_tokens[-1] * (3 * merged + hidden)
+    merging = [counted.tower_tokens[block] for block in (*tower.deepstack_blocks, tower.blocks - 1)]  # tokens of each merger
+    embed = tower.patch_dim * width + len(merging) * merged * (merged + hidden)
+    embed += tokens * tower.group * (tower.patch_dim + width) + sum(merging) * (3 * merged + hidden)
     mlp_width = tower.mlp_matrices * tower.mlp_dim
     block_weights, block_values = width * (4 * width + mlp_width), 12 * width + mlp_width
     blocks = sum(block_weights + alive * tower.group * block_values for alive in counted.tower_tokens)

@@ -205,7 +205,7 @@ class ReferenceModel:
         room = question.text_tokens + new_tokens
         segments = kv_segments(schedule, decoder.layers, max_visual_tokens=max(1, question.visual_tokens), max_text_tokens=room)
         backend = TorchBackend(vision, language, segments)
-        visual_embeds = torch.cat([image.visual_embeds for image in embedded]) if embedded else torch.zeros(0, decoder.hidden_size)
+        visual_embeds = torch.cat([image.visual_embeds for image in embedded]) if embedded else torch.zeros(0, self.shape.visual_width)
         none = torch.zeros(0)
         logits, last_hidden = backend.language(
             input_ids=input_ids[None],
@@ -228,7 +228,7 @@ class ReferenceModel:
             logits, _ = backend.language(
                 input_ids=np.array([[tokens[-1]]], np.int64),
                 position_ids=text_positions(position, 1)[:, None],
-                visual_embeds=np.zeros((0, decoder.hidden_size), backend.dtype),
+                visual_embeds=np.zeros((0, self.shape.visual_width), backend.dtype),
                 visual_positions=np.zeros(0, np.int64),
                 importance=none.numpy(),
                 key_bias=none.numpy(),

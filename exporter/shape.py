@@ -15,6 +15,8 @@ class TowerShape:
     Attributes:
         window: side of the square windows, in visual tokens, beyond which a patch does not look; 0: every block looks at the whole image.
         full_blocks: with windows, the blocks that look at the whole image all the same, ascending.
+        deepstack_blocks: blocks behind which the tokens are merged as well, by mergers of their own; what these give is added to the visual
+            tokens behind the first layers of the decoder, one block a layer (DeepStack, arXiv 2406.04334). Ascending.
     """
 
     blocks: int
@@ -26,6 +28,7 @@ class TowerShape:
     mlp_matrices: int = 2  # of embed_dim × mlp_dim in a block; a gated MLP has three
     window: int = 0
     full_blocks: tuple[int, ...] = ()
+    deepstack_blocks: tuple[int, ...] = ()
 
     @property
     def head_dim(self) -> int:
@@ -68,6 +71,11 @@ class ModelShape:
 
     tower: TowerShape
     decoder: DecoderShape
+
+    @property
+    def visual_width(self) -> int:
+        """Values of one visual token as the decoder gets it: its embedding, and what DeepStack adds to it."""
+        return self.decoder.hidden_size * (1 + len(self.tower.deepstack_blocks))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

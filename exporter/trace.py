@@ -69,7 +69,7 @@ def trace_language(graph: LanguageGraph, shape: ModelShape, schedule: Schedule, 
     arguments: dict[str, Any] = {
         "input_ids": torch.zeros(batch, length, dtype=torch.int64),
         "position_ids": torch.zeros(3, batch, length, dtype=torch.int64),
-        "visual_embeds": torch.zeros(visual, decoder.hidden_size, dtype=dtype),
+        "visual_embeds": torch.zeros(visual, shape.visual_width, dtype=dtype),
         "visual_positions": torch.zeros(visual, dtype=torch.int64),
     }
     sizes: dict[str, Any] = {

@@ -88,15 +88,30 @@ WINDOWED_TOWER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def random_model(seed: int, *, tied: bool = True, windowed: bool = False) -> Any:
-    """A Hugging Face Qwen2-VL with random weights; ``windowed``: a Qwen2.5-VL."""
+# Blocks 0 and 2 give features to the first two decoder layers; positions are learned on a grid of 5 × 5 patches.
+DEEPSTACK_TOWER: dict[str, Any] = {
+    "depth": 4, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 44, "patch_size": PATCH_SIZE,
+    "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2],
+}  # fmt: skip
+INTERLEAVED_ROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {},
+    "qwen2_5_vl": {"vision_config": WINDOWED_TOWER},
+    "qwen3_vl": {
+        "vision_config": DEEPSTACK_TOWER,  # heads wider together than the hidden size
+        "text_config": {**CONFIG["text_config"], "head_dim": 16, "rope_parameters": INTERLEAVED_ROPE},
+    },
+}
+
+
+def random_model(seed: int, *, tied: bool = True, family: str = "qwen2_vl") -> Any:
+    """A small Hugging Face model of a family with random weights."""
     import torch
-    from vflow.exporter.models import QWEN2_5_VL, QWEN2_VL
+    from vflow.exporter.models import FAMILIES
 
     torch.set_num_threads(1)  # quicker than two at this size
-    family = QWEN2_5_VL if windowed else QWEN2_VL
-    values = {**CONFIG, "tie_word_embeddings": tied, **({"vision_config": WINDOWED_TOWER} if windowed else {})}
-    model = family.model._from_config(family.config(**values), dtype=torch.float32)
+    kind = FAMILIES[family]
+    model = kind.model._from_config(kind.config(**{**CONFIG, "tie_word_embeddings": tied, **OF_FAMILY[family]}), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -138,7 +153,16 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def windowed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2.5-VL of the same decoder: 4 tower blocks, of which two look at windows. Tests must not change it."""
     folder = tmp_path_factory.mktemp("model") / "windowed"
-    random_model(1, windowed=True).save_pretrained(folder)
+    random_model(1, family="qwen2_5_vl").save_pretrained(folder)
+    write_text_files(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deepstack_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-VL of 4 tower blocks and 4 decoder layers. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("model") / "deepstack"
+    random_model(1, family="qwen3_vl").save_pretrained(folder)
     write_text_files(folder)
     return folder
 

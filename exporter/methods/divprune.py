@@ -22,7 +22,7 @@ class DivPruneVision(VisionGraph):
     """Survivors are far from each other."""
 
     def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
-        kept = diverse_places(features, keep_count(state.budget, stage.keep))
+        kept = diverse_places(state.own(features), keep_count(state.budget, stage.keep))
         return Compacted(features[kept], state.importance[kept], kept)
 
 

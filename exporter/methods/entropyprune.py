@@ -40,7 +40,7 @@ class EntropyPruneVision(VisionGraph):
         self.decoder_heads = shape.decoder.heads
 
     def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
-        kept = keep_top(token_entropy(features, self.decoder_heads), keep_count(state.budget, stage.keep))
+        kept = keep_top(token_entropy(state.own(features), self.decoder_heads), keep_count(state.budget, stage.keep))
         return Compacted(features[kept], state.importance[kept], kept)
 
 

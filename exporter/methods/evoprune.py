@@ -35,14 +35,13 @@ class EvoPruneVision(VisionGraph):
     """Each tower stage keeps the most valuable tokens and merges the others into them."""
 
     def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
-        wide = features.reshape(state.importance.shape[0], -1)  # a token's patches as one row
-        direction = F.normalize(wide.float(), dim=1)
+        direction = F.normalize(state.own(features).float(), dim=1)
         cosine = direction @ direction.T  # [alive, alive]
         kept = keep_top(token_value(state.importance, cosine), keep_count(state.budget, stage.keep))
         slot = cosine[:, kept].argmax(1)
         slot[kept] = torch.arange(kept.shape[0], device=kept.device)
-        merged = merge_by_slot(wide, state.importance, kept, slot)
-        return Compacted(merged.reshape(-1, features.shape[1]), state.importance[kept], kept)
+        merged = merge_by_slot(features, state.importance, kept, slot)
+        return Compacted(merged, state.importance[kept], kept)
 
 
 def token_value(attention: Tensor, cosine: Tensor) -> Tensor:

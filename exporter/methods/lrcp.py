@@ -24,7 +24,7 @@ class LrcpVision(VisionGraph):
     """Survivors are those with the largest residual."""
 
     def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
-        kept = keep_top(background_residual(features), keep_count(state.budget, stage.keep))
+        kept = keep_top(background_residual(state.own(features)), keep_count(state.budget, stage.keep))
         return Compacted(features[kept], state.importance[kept], kept)
 
 

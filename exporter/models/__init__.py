@@ -14,14 +14,15 @@ from .family import Family, ModelConfig, image_token_ids
 from .language import LanguageGraph
 from .qwen2_5_vl import QWEN2_5_VL
 from .qwen2_vl import QWEN2_VL
+from .qwen3_vl import QWEN3_VL
 from .vision import PROTECTED, Compacted, Embedded, TowerState, VisionGraph, pixel_importance
 
 __all__ = [
-    "FAMILIES", "PROTECTED", "QWEN2_5_VL", "QWEN2_VL", "Compacted", "Embedded", "Family", "LanguageGraph", "ModelConfig", "TowerState",
+    "FAMILIES", "PROTECTED", "QWEN2_5_VL", "QWEN2_VL", "QWEN3_VL", "Compacted", "Embedded", "Family", "LanguageGraph", "ModelConfig", "TowerState",
     "VisionGraph", "family_of", "image_token_ids", "model_shape", "pixel_importance",
 ]  # fmt: skip
 
-FAMILIES = {family.name: family for family in (QWEN2_VL, QWEN2_5_VL)}
+FAMILIES = {family.name: family for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL)}
 
 
 def family_of(config: ModelConfig) -> Family:

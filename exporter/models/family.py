@@ -6,20 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 from ..shape import DecoderShape, ModelShape, TowerShape
 
 __all__ = ["Family", "ModelConfig", "image_token_ids"]
 
-ModelConfig: TypeAlias = Qwen2VLConfig | Qwen2_5_VLConfig
+ModelConfig: TypeAlias = Qwen2VLConfig | Qwen2_5_VLConfig | Qwen3VLConfig
 TEXT_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 TOWER_SIZES = ("depth", "num_heads", "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size")
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family with a decoder of Qwen2's layers and three-axis rotary positions.
+    """A model family with a decoder of Qwen2's or Qwen3's layers and three-axis rotary positions.
 
     Attributes:
         name: ``model_type`` in config.json.
@@ -28,6 +28,8 @@ class Family:
         width: field of the vision configuration that holds the tower's width.
         tower: of a vision configuration, what of the tower's shape is the family's own.
         sizes: fields of the vision configuration that must be at least 1 beside those of every family.
+        own_head_dim: whether the text configuration has ``head_dim``; else heads divide the hidden size.
+        interleaved: whether the rotary positions' axes take turns along the frequencies, and not a section each.
         problem: what else is wrong with the tower of a configuration whose sizes are whole numbers.
     """
 
@@ -38,6 +40,8 @@ class Family:
     width: str
     tower: Callable[[Any], Mapping[str, Any]]
     sizes: tuple[str, ...] = ()
+    own_head_dim: bool = False
+    interleaved: bool = False
     problem: Callable[[Any], str | None] = lambda config: None
 
     def shape(self, config: ModelConfig) -> ModelShape:
@@ -56,7 +60,7 @@ class Family:
             hidden_size=text.hidden_size,
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
-            head_dim=text.hidden_size // text.num_attention_heads,
+            head_dim=self._head_dim(text),
             mlp_dim=text.intermediate_size,
             vocab_size=text.vocab_size,
         )
@@ -65,25 +69,34 @@ class Family:
     def check(self, config: ModelConfig) -> str | None:
         """What the graphs would compute wrongly or fail at, of what transformers lets pass; the field to change is named."""
         text = config.text_config
-        if text.use_sliding_window:
+        if getattr(text, "use_sliding_window", False):
             return "use_sliding_window is not supported; set it to false if the model was trained without it"
         rope = text.rope_parameters or {}
         if rope.get("rope_type", "default") != "default":
             return f"rope_type {rope['rope_type']!r} is not supported (supported: default)"
-        for part, names in (("text_config", TEXT_SIZES), ("vision_config", (self.width, *self.sizes, *TOWER_SIZES))):
+        own = ("head_dim",) if self.own_head_dim else ()
+        for part, names in (("text_config", (*TEXT_SIZES, *own)), ("vision_config", (self.width, *self.sizes, *TOWER_SIZES))):
             for name in names:
                 size = getattr(config, part).__dict__[name]
                 if type(size) is not int or size < 1:
                     return f"{part}.{name} must be at least 1"
-        if text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads:
+        if self.own_head_dim and (text.head_dim % 2 or text.num_attention_heads % text.num_key_value_heads):
+            return "text_config.head_dim must be even, and num_attention_heads a multiple of num_key_value_heads"
+        if not self.own_head_dim and (text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads):
             return "text_config.num_attention_heads must divide hidden_size into heads of even width, and be a multiple of num_key_value_heads"
+        if bool(rope.get("mrope_interleaved")) != self.interleaved:
+            return f"text_config.rope_parameters.mrope_interleaved must be {str(self.interleaved).lower()}, as {self.title} is computed"
         sections = rope.get("mrope_section")
-        if not isinstance(sections, list) or len(sections) != 3 or 2 * sum(sections) != text.hidden_size // text.num_attention_heads:
+        if not isinstance(sections, list) or len(sections) != 3 or 2 * sum(sections) != self._head_dim(text):
             return "text_config.rope_parameters.mrope_section must be three whole numbers that sum to half of the width of a head"
         vision = config.vision_config
         if getattr(vision, self.width) % (4 * vision.num_heads):  # the two-dimensional rotary embedding turns quarters
             return f"vision_config.num_heads must divide {self.width} into heads whose width is a multiple of 4"
         return self.problem(config)
+
+    def _head_dim(self, text: Any) -> int:
+        head_dim: int = text.head_dim if self.own_head_dim else text.hidden_size // text.num_attention_heads
+        return head_dim
 
 
 def image_token_ids(config: ModelConfig) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The decoder (Qwen2 with three-axis rotary positions) over KV caches of fixed capacity, with its stages."""
+"""The decoder (Qwen2 or Qwen3 with three-axis rotary positions) over KV caches of fixed capacity, with its stages."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class LanguageGraph(nn.Module):
         self.stages = {stage.layer: stage for stage in schedule.later_stages}
         rope = self.language_model.config.rope_parameters
         self.theta, self.sections = float(rope["rope_theta"]), list(rope["mrope_section"])
+        self.interleaved = bool(rope.get("mrope_interleaved"))
+        self.deepstack_layers = len(shape.tower.deepstack_blocks)
         self.epsilon = float(self.language_model.config.rms_norm_eps)
 
     def forward(
@@ -50,7 +52,8 @@ class LanguageGraph(nn.Module):
 
         Args:
             input_ids: int64 [B, S]; position_ids: int64 [3, B, S].
-            visual_embeds: T [V, H]; visual_positions: int64 [V], their columns; V > 0 only with B = 1.
+            visual_embeds: T [V, H], or with DeepStack T [V, (1 + D) · H], behind each embedding what the first D layers add; visual_positions:
+                int64 [V], their columns; V > 0 only with B = 1.
             importance: float32 [V], budget_tokens: [N] (length only); None without stages inside the decoder.
             key_bias: float32 [V]; None without proportional attention.
             past_lengths: int64 [B, segments]; past_key_values: per layer key and value [B, KV, capacity, head_dim].
@@ -61,7 +64,11 @@ class LanguageGraph(nn.Module):
         """
         length = input_ids.shape[1]
         embeds = F.embedding(input_ids, self.language_model.embed_tokens.weight)
-        hidden = _put_rows(embeds, visual_positions, visual_embeds)
+        batch, _, width = embeds.shape
+        hidden = _put_rows(embeds, visual_positions, visual_embeds[:, :width] if self.deepstack_layers else visual_embeds)
+        deepstack: Tensor | None = None  # T [B, S, D · H], zeros at text
+        if self.deepstack_layers:
+            deepstack = _put_rows(embeds.new_zeros(batch, length, self.deepstack_layers * width), visual_positions, visual_embeds[:, width:])
         cos, sin = self._rotary(position_ids, hidden)
         ranking = self._ranking_key(length, visual_positions, importance) if importance is not None else None
         bias = _put_rows(torch.zeros_like(hidden[..., :1]), visual_positions, key_bias[:, None]) if key_bias is not None else None  # [B, S, 1]
@@ -77,12 +84,15 @@ class LanguageGraph(nn.Module):
                 index = keep_top(score, hidden.shape[1] - (alive - survivors))
                 hidden, cos, sin, ranking = gather_tokens(hidden, cos, sin, ranking, index)
                 bias = bias[:, index] if bias is not None else None
+                deepstack = deepstack[:, index] if deepstack is not None and number < self.deepstack_layers else None
                 alive, segment = survivors, segment + 1
             if bias is not None and (number == 0 or stage is not None):
                 present_bias.append(_extend_bias(past_key_bias[segment], bias, past_lengths[:, segment]))
                 mask = _causal_mask(present_bias[-1], past_lengths[:, segment], bias.shape[1])
             hidden, query_key, cache = self._layer(layer, hidden, cos, sin, past_lengths[:, segment], past_key_values[number], mask)
             present.append(cache)
+            if deepstack is not None and number < self.deepstack_layers:
+                hidden = hidden + deepstack[..., number * width : (number + 1) * width]
         last = rms_norm(hidden[:, -1], self.language_model.norm.weight, epsilon=self.epsilon)  # [B, H]
         # The head's weight is the embedding table in tied models: multiplied from the left, both graphs' users share one tensor.
         head = self.language_model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -96,8 +106,8 @@ class LanguageGraph(nn.Module):
         attn, sizes = layer.self_attn, self.shape
         normed = rms_norm(hidden, layer.input_layernorm.weight, epsilon=self.epsilon)
         batch, length, _ = hidden.shape
-        query = attn.q_proj(normed).reshape(batch, length, sizes.heads, sizes.head_dim).transpose(1, 2)
-        key = attn.k_proj(normed).reshape(batch, length, sizes.kv_heads, sizes.head_dim).transpose(1, 2)
+        query = self._head_norm(attn, "q_norm", attn.q_proj(normed).reshape(batch, length, sizes.heads, sizes.head_dim)).transpose(1, 2)
+        key = self._head_norm(attn, "k_norm", attn.k_proj(normed).reshape(batch, length, sizes.kv_heads, sizes.head_dim)).transpose(1, 2)
         value = attn.v_proj(normed).reshape(batch, length, sizes.kv_heads, sizes.head_dim).transpose(1, 2)
         query, key = rotary_embedding(query, cos, sin), rotary_embedding(key, cos, sin)
         cache = tensor_scatter(past[0], key, past_length), tensor_scatter(past[1], value, past_length)
@@ -109,6 +119,10 @@ class LanguageGraph(nn.Module):
         hidden = hidden + attn.o_proj(mixed.transpose(1, 2).reshape(batch, length, sizes.heads * sizes.head_dim))
         hidden = hidden + layer.mlp(rms_norm(hidden, layer.post_attention_layernorm.weight, epsilon=self.epsilon))
         return hidden, (query, key), cache
+
+    def _head_norm(self, attn: Any, name: str, heads: Tensor) -> Tensor:
+        """Queries or keys [B, S, heads, head_dim], normed head by head where the layer has a norm for them (Qwen3)."""
+        return rms_norm(heads, getattr(attn, name).weight, epsilon=self.epsilon) if hasattr(attn, name) else heads
 
     def _ranking_key(self, length: int, visual_positions: Tensor, importance: Tensor) -> Tensor:
         """float32 [S]: importance at the visual columns, +inf at text."""
@@ -130,11 +144,18 @@ class LanguageGraph(nn.Module):
         return (1 - weight) * ranking + weight * guide if weight < 1 else torch.where(ranking < PROTECTED, guide, ranking)
 
     def _rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, head_dim/2]; each frequency turns with the axis that its M-RoPE section names."""
+        """cos and sin [B, S, head_dim/2]; each frequency turns with the axis that its M-RoPE section names.
+
+        Interleaved, the axes take turns, height and width as often as their sections are long, and what is left is time's.
+        """
         half = self.shape.head_dim // 2
         number = torch.arange(half, device=like.device)
-        temporal, height, _ = self.sections
-        axis = (number >= temporal).long() + (number >= temporal + height).long()
+        temporal, height, width = self.sections
+        if self.interleaved:
+            turn = number % 3
+            axis = ((turn == 1) & (number < 3 * height)).long() + 2 * ((turn == 2) & (number < 3 * width)).long()
+        else:
+            axis = (number >= temporal).long() + (number >= temporal + height).long()
         steps = number.float() / half
         angles = position_ids[axis].permute(1, 2, 0).float() * self.theta**-steps  # [B, S, head_dim/2]
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class TowerState:
         query, key: T [heads, alive · G, head_dim] of the block that was scored last; None before and after a stage.
         windows: None in a tower without.
         size: float32 [alive], tokens that each stands for; None: each for itself, or nobody asks.
+        deepstack: T [alive, D · H], what the decoder's first layers add to each token, of the D blocks passed that give it; None before the first.
     """
 
     hidden: Tensor
@@ -63,11 +65,16 @@ class TowerState:
     key: Tensor | None = None
     size: Tensor | None = None
     windows: Windows | None = None
+    deepstack: Tensor | None = None
+
+    def own(self, features: Tensor) -> Tensor:
+        """Of features that a stage gets, what the token itself is: without what DeepStack has put behind."""
+        return features if self.deepstack is None else features[:, : features.shape[1] - self.deepstack.shape[1]]
 
 
 class Compacted(NamedTuple):
-    """What a stage has left: features [kept · G, C] or [kept, H], importance float32 [kept], places int64 [kept] among those that were alive, and
-    size as in ``TowerState``."""
+    """What a stage has left: features [kept, F], importance float32 [kept], places int64 [kept] among those that were alive, and size as in
+    ``TowerState``."""
 
     features: Tensor
     importance: Tensor
@@ -76,8 +83,9 @@ class Compacted(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """One picture for the language model: visual_embeds T [M, H], importance float32 [M] (zeros where nothing is ranked), index int64 [M], ascending;
-    key_bias float32 [M], what the decoder adds to its attention scores of each, None without proportional attention."""
+    """One picture for the language model: visual_embeds T [M, (1 + D) · H] (D > 0 with DeepStack), importance float32 [M] (zeros where nothing is
+    ranked), index int64 [M], ascending; key_bias float32 [M], what the decoder adds to its attention scores of each, None without proportional
+    attention."""
 
     visual_embeds: Tensor
     importance: Tensor
@@ -123,7 +131,10 @@ class VisionGraph(nn.Module):
         rows, columns, group, _ = pixel_values.shape
         patches = pixel_values.reshape(rows * columns * group, self.shape.patch_dim)
         entropy = entropy.reshape(rows * columns * group) if entropy is not None else None
-        hidden = F.linear(patches, self.visual.patch_embed.proj.weight.reshape(self.shape.embed_dim, self.shape.patch_dim))
+        embedding = self.visual.patch_embed.proj
+        hidden = F.linear(patches, embedding.weight.reshape(self.shape.embed_dim, self.shape.patch_dim), embedding.bias)
+        if hasattr(self.visual, "pos_embed"):
+            hidden = hidden + self._learned_positions(rows, columns).to(hidden.dtype)
         cos, sin = self._rotary(rows, columns, hidden)
         if 0 in self.stages:
             importance = self.rank_pixels(pixel_values, entropy)
@@ -139,17 +150,28 @@ class VisionGraph(nn.Module):
             block = self.visual.blocks[number]
             stage = self.stages.get(number)
             if stage is not None:
-                state = _survivors(state, self.compact(stage, state.hidden, state), self.shape.group)
-                state = replace(state, windows=self._windows(state))
+                state = self._reduce(state, stage)
             if state.windows is not None and not self.shape.looks_everywhere(number):
                 state = _behind(block, state, self._attention_in_windows(block, state.hidden, state.windows))
-                continue
-            mixed, query, key = self._attention(block, state)
-            state = _behind(block, state, mixed)
-            if number in self.scoring_blocks:
-                state = replace(state, query=query, key=key)
-                state = replace(state, importance=self.score(query, key, state))
+            else:
+                mixed, query, key = self._attention(block, state)
+                state = _behind(block, state, mixed)
+                if number in self.scoring_blocks:
+                    state = replace(state, query=query, key=key)
+                    state = replace(state, importance=self.score(query, key, state))
+            if number in self.shape.deepstack_blocks:
+                merged = self.visual.deepstack_merger_list[self.shape.deepstack_blocks.index(number)](state.hidden)
+                state = replace(state, deepstack=merged if state.deepstack is None else torch.cat([state.deepstack, merged], 1))
         return state
+
+    def _reduce(self, state: TowerState, stage: Stage) -> TowerState:
+        """A stage of the tower: a token's patches travel as one row, with what they have given to DeepStack behind."""
+        rows = state.hidden.reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim)
+        left = self.compact(stage, rows if state.deepstack is None else torch.cat([rows, state.deepstack], 1), state)
+        own = state.own(left.features)
+        deepstack = left.features[:, own.shape[1] :] if state.deepstack is not None else None
+        state = _survivors(state, own.reshape(-1, self.shape.embed_dim), deepstack, left, self.shape.group)
+        return replace(state, windows=self._windows(state))
 
     def attend(self, number: int, state: TowerState) -> tuple[Tensor, Tensor]:
         """Queries and keys [heads, alive · G, head_dim] of block ``number``, which looks everywhere, for scoring apart from the walk."""
@@ -157,9 +179,13 @@ class VisionGraph(nn.Module):
         return query, key
 
     def merge(self, state: TowerState) -> Tensor:
-        """The merger: visual_embeds T [alive, H] of the tokens that the tower has left."""
+        """The merger: visual_embeds T [alive, H] of the tokens that the tower has left, with DeepStack's features behind."""
         merger = self.visual.merger
-        visual_embeds: Tensor = merger.mlp(_norm(merger.ln_q, state.hidden).reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim))
+        if hasattr(merger, "ln_q"):
+            merged = merger.mlp(_norm(merger.ln_q, state.hidden).reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim))
+        else:
+            merged = merger(state.hidden)
+        visual_embeds: Tensor = merged if state.deepstack is None else torch.cat([merged, state.deepstack], 1)
         return visual_embeds
 
     def finish(self, state: TowerState, visual_embeds: Tensor) -> Embedded:
@@ -231,20 +257,18 @@ class VisionGraph(nn.Module):
     def compact(self, stage: Stage, features: Tensor, state: TowerState, final: bool = False) -> Compacted:
         """One stage over the tokens alive.
 
-        ``features`` is [alive · G, C] in the tower and [alive, H] after the merger (``final``). Exactly ⌈N·keep/1024⌉ tokens survive, in their
-        order.
+        ``features`` [alive, F] are rows of G · C in the tower and of H after the merger (``final``), DeepStack's behind (``TowerState.own``).
+        Exactly ⌈N·keep/1024⌉ tokens survive, in their order.
         """
         count, importance, size = keep_count(state.budget, stage.keep), state.importance, state.size
-        width = features.shape[1]
-        wide = features if final else features.reshape(-1, self.shape.group * width)  # a token's patches travel as one row
         if stage.cell is None:
             kept = keep_top(importance, count)
-            wide, survivor_importance, size = wide[kept], importance[kept], size[kept] if size is not None else None
+            features, survivor_importance, size = features[kept], importance[kept], size[kept] if size is not None else None
         else:
             cell, cells = _grid_cells(state.rows, state.columns, stage.cell, features.device)
             kept, slot, members = keep_top_per_cell(importance, cell[state.index], cells, count)
             groups = group_tokens(kept, slot, members)
-            wide, summed = merge_tokens(wide, importance, kept, slot, members, *groups)
+            features, summed = merge_tokens(features, importance, kept, slot, members, *groups)
             survivor_importance = importance[kept]
             if size is not None:
                 _, size = merge_tokens(size[:, None], size, kept, slot, members, *groups)  # the sum over each survivor's members
@@ -254,7 +278,15 @@ class VisionGraph(nn.Module):
                 survivor_importance = torch.where(members > 1, summed, survivor_importance)
             elif final and self.schedule.recycled_importance == "protected":
                 survivor_importance = torch.where(members > 1, PROTECTED, survivor_importance)
-        return Compacted(wide if final else wide.reshape(-1, width), survivor_importance, kept, size)
+        return Compacted(features, survivor_importance, kept, size)
+
+    def _learned_positions(self, rows: int, columns: int) -> Tensor:
+        """Learned embedding of every patch's place, from the model's square table to the image's grid bilinearly: float32 [P, C], in merge order."""
+        table, side, width = self.visual.pos_embed.weight, self.shape.merge_size, self.shape.embed_dim
+        across = math.isqrt(table.shape[0])
+        down = _between(table.float().reshape(across, across, width), rows * side)  # [rows · side, across, C]
+        places = _between(down.transpose(0, 1), columns * side)  # [columns · side, rows · side, C]
+        return places.reshape(columns, side, rows, side, width).permute(2, 0, 3, 1, 4).reshape(-1, width)
 
     def _rotary(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the two-dimensional rotary embedding, [P, head_dim/2] each, patches in merge order."""
@@ -296,6 +328,15 @@ def _norm(norm: Any, hidden: Tensor) -> Tensor:
     return rms_norm(hidden, norm.weight, epsilon=norm.variance_epsilon)
 
 
+def _between(rows: Tensor, length: int) -> Tensor:
+    """``length`` rows evenly spread from the first of ``rows`` to the last, each between its two neighbours: [K, …, C] → [length, …, C]."""
+    place = torch.arange(length, device=rows.device).float()
+    place = place * ((rows.shape[0] - 1) / place[-1:].clamp(min=1))
+    before = place.long()
+    share = (place - before)[:, None, None]
+    return rows[before] * (1 - share) + rows[(before + 1).clamp(max=rows.shape[0] - 1)] * share
+
+
 def _put_tokens(rows: Tensor, slot: Tensor, slots: int, group: int) -> Tensor:
     """Rows of tokens' patches [tokens · G, C] at the tokens' places among ``slots``, zeros elsewhere: [slots, G · C]."""
     wide = rows.reshape(-1, group * rows.shape[1])
@@ -311,12 +352,13 @@ def _grid_cells(rows: int, columns: int, cell: int, device: torch.device) -> tup
     return (row[:, None] * across + column).reshape(rows * columns), cells
 
 
-def _survivors(state: TowerState, left: Compacted, group: int) -> TowerState:
+def _survivors(state: TowerState, hidden: Tensor, deepstack: Tensor | None, left: Compacted, group: int) -> TowerState:
     """The state of the tokens that a stage has left, whose features have been gathered (and merged) already."""
     kept = left.kept
     return replace(
         state,
-        hidden=left.features,
+        hidden=hidden,
+        deepstack=deepstack,
         importance=left.importance,
         size=left.size,
         index=state.index[kept],

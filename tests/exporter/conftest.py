@@ -31,5 +31,10 @@ def windowed_model(windowed_checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def deepstack_model(deepstack_checkpoint: Path) -> Any:
+    return load_model(open_checkpoint(str(deepstack_checkpoint)), torch.float32)
+
+
+@pytest.fixture(scope="session")
 def untied_model(untied_checkpoint: Path) -> Any:
     return load_model(open_checkpoint(str(untied_checkpoint)), torch.float32)

@@ -123,12 +123,40 @@ def tower_mlp(x: Tensor, weights: Weights, name: str) -> Tensor:
     if f"{name}.gate_proj.weight" in weights:
         gate = torch.nn.functional.silu(linear(x, weights, f"{name}.gate_proj"))
         return linear(gate * linear(x, weights, f"{name}.up_proj"), weights, f"{name}.down_proj")
+    if f"{name}.linear_fc1.weight" in weights:
+        return linear(torch.nn.functional.gelu(linear(x, weights, f"{name}.linear_fc1"), approximate="tanh"), weights, f"{name}.linear_fc2")
     hidden = linear(x, weights, f"{name}.fc1")
     return linear(hidden * torch.sigmoid(1.702 * hidden), weights, f"{name}.fc2")
 
 
+def learned_place(table: Tensor, row: int, column: int, height: int, width: int) -> Tensor:
+    """The learned embedding of a patch's place in an image of ``height`` × ``width`` patches, between the four of a square table around it."""
+    side = math.isqrt(len(table))
+    result = torch.zeros(table.shape[1], dtype=torch.float64)
+    at_row = row * (side - 1) / (height - 1) if height > 1 else 0.0
+    at_column = column * (side - 1) / (width - 1) if width > 1 else 0.0
+    for r in range(side):
+        for c in range(side):
+            result += max(0.0, 1 - abs(at_row - r)) * max(0.0, 1 - abs(at_column - c)) * table[r * side + c]
+    return result
+
+
+def merger(x: Tensor, tokens: int, weights: Weights, name: str) -> Tensor:
+    """All patches of a token to one row: norm before (of each patch, or DeepStack's of the whole row) and two layers with a GELU between."""
+    if f"{name}.ln_q.weight" in weights:
+        return merger_mlp(tower_norm(x, weights, f"{name}.ln_q").reshape(tokens, -1), weights, f"{name}.mlp.0", f"{name}.mlp.2")
+    whole = len(weights[f"{name}.norm.weight"]) > x.shape[1]
+    rows = tower_norm(x.reshape(tokens, -1), weights, f"{name}.norm") if whole else tower_norm(x, weights, f"{name}.norm").reshape(tokens, -1)
+    return merger_mlp(rows, weights, f"{name}.linear_fc1", f"{name}.linear_fc2")
+
+
+def merger_mlp(rows: Tensor, weights: Weights, first: str, second: str) -> Tensor:
+    return linear(torch.nn.functional.gelu(linear(rows, weights, first)), weights, second)
+
+
 def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: int) -> tuple[Tensor, list[float], list[int], list[int]]:
-    """One image [rows, columns, G, patch_dim] through tower, merger and first stage: embeds [M, H], importance, index, how many each stands for."""
+    """One image [rows, columns, G, patch_dim] through tower, merger and first stage: embeds [M, H], behind each what decoder layers
+    0, 1, … add to it, importance, index, how many each stands for."""
     w, config = weights_of(model), model.config.vision_config
     rows, columns, group, _ = pixels.shape
     side, heads = config.spatial_merge_size, config.num_heads
@@ -139,6 +167,11 @@ def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: i
     x = pixels.double().reshape(-1, pixels.shape[-1]) @ w["visual.patch_embed.proj.weight"].flatten(1).T
     patches, bits = pixels.double().reshape(rows * columns, -1), entropy.double().reshape(rows * columns, group)
     places = [(r * side + g // side, c * side + g % side) for r in range(rows) for c in range(columns) for g in range(group)]
+    if "visual.pos_embed.weight" in w:
+        table = w["visual.pos_embed.weight"]
+        x = x + w["visual.patch_embed.proj.bias"] + torch.stack([learned_place(table, r, c, rows * side, columns * side) for r, c in places])
+    giving = list(getattr(config, "deepstack_visual_indexes", []))
+    given = torch.zeros(rows * columns, 0, dtype=torch.float64)  # to the decoder's layers, by the blocks passed
     frequencies = [10_000.0 ** (-k / (head_dim // 4)) for k in range(head_dim // 4)]
     angles = torch.tensor([[r * f for f in frequencies] + [c * f for f in frequencies] for r, c in places], dtype=torch.float64)
     index, score, stands = list(range(rows * columns)), [0.0] * (rows * columns), [1] * (rows * columns)
@@ -155,9 +188,9 @@ def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: i
             if stage.part == "tower" and stage.layer == number:
                 if number == 0:
                     score = [float(patches[i].std(correction=0) + bits[i].mean() / 8) for i in index]
-                wide = x.reshape(len(index), -1)
+                wide = torch.cat([x.reshape(len(index), -1), given], 1)
                 wide, score, stands, kept = prune(wide, score, stands, index, count_of(budget, stage.keep), stage.recycle, rows, columns, "own")
-                x, angles = wide.reshape(-1, width), take(angles, kept)
+                x, given, angles = wide[:, : group * width].reshape(-1, width), wide[:, group * width :], take(angles, kept)
                 index = [index[i] for i in kept]
         name = f"visual.blocks.{number}"
         qkv = linear(tower_norm(x, w, f"{name}.norm1"), w, f"{name}.attn.qkv").reshape(-1, 3, heads, head_dim)
@@ -169,8 +202,9 @@ def vision(model: Any, schedule: Any, pixels: Tensor, entropy: Tensor, budget: i
             score = s.reshape(-1, group).mean(1).tolist()
         x = x + linear(mix(attention, qkv[:, 2]), w, f"{name}.attn.proj")
         x = x + tower_mlp(tower_norm(x, w, f"{name}.norm2"), w, f"{name}.mlp")
-    merged = tower_norm(x, w, "visual.merger.ln_q").reshape(len(index), -1)
-    embeds = linear(torch.nn.functional.gelu(linear(merged, w, "visual.merger.mlp.0")), w, "visual.merger.mlp.2")
+        if number in giving:
+            given = torch.cat([given, merger(x, len(index), w, f"visual.deepstack_merger_list.{giving.index(number)}")], 1)
+    embeds = torch.cat([merger(x, len(index), w, "visual.merger"), given], 1)
     first = next((s for s in schedule.stages if s.part == "decoder" and s.layer == 0), None)
     if first is not None:
         count, carried = count_of(budget, first.keep), schedule.recycled_importance
@@ -186,13 +220,19 @@ def language(
     """One prefill without caches: logits and last hidden state of the last token, and the columns alive in each layer."""
     w, config = weights_of(model), model.config.text_config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim, epsilon, rope = config.hidden_size // heads, config.rms_norm_eps, config.rope_parameters
+    head_dim, epsilon, rope = getattr(config, "head_dim", config.hidden_size // heads), config.rms_norm_eps, config.rope_parameters
+    width = config.hidden_size
     x = w["language_model.embed_tokens.weight"][input_ids]
     score = dict(zip(columns, importance, strict=True))
     size = dict(zip(columns, stands, strict=True))
     for place, column in enumerate(columns):
-        x[column] = embeds[place].double()
+        x[column] = embeds[place, :width].double()
     axis = [a for a, size in enumerate(rope["mrope_section"]) for _ in range(size)]
+    if rope.get("mrope_interleaved"):
+        left = list(rope["mrope_section"])  # turns of each axis; time has those that the others leave
+        for k in range(head_dim // 2):
+            axis[k] = k % 3 if left[k % 3] else 0
+            left[axis[k]] -= 1
     angles = torch.tensor(
         [[float(position_ids[axis[k], s]) * rope["rope_theta"] ** (-2 * k / head_dim) for k in range(head_dim // 2)] for s in range(len(input_ids))],
         dtype=torch.float64,
@@ -214,8 +254,12 @@ def language(
         per_layer.append(alive)
         name = f"language_model.layers.{number}"
         normed = rms_norm(x, w[f"{name}.input_layernorm.weight"], epsilon)
-        query = rotate(linear(normed, w, f"{name}.self_attn.q_proj").reshape(-1, heads, head_dim), angles)
-        key = rotate(linear(normed, w, f"{name}.self_attn.k_proj").reshape(-1, kv_heads, head_dim), angles)
+        query = linear(normed, w, f"{name}.self_attn.q_proj").reshape(-1, heads, head_dim)
+        key = linear(normed, w, f"{name}.self_attn.k_proj").reshape(-1, kv_heads, head_dim)
+        if f"{name}.self_attn.q_norm.weight" in w:
+            query = rms_norm(query, w[f"{name}.self_attn.q_norm.weight"], epsilon)
+            key = rms_norm(key, w[f"{name}.self_attn.k_norm.weight"], epsilon)
+        query, key = rotate(query, angles), rotate(key, angles)
         value = linear(normed, w, f"{name}.self_attn.v_proj").reshape(-1, kv_heads, head_dim)
         attention = attention_map(query, key, causal=True)  # what guidance goes by
         bias = [schedule.proportional_attention * math.log(size.get(c, 1)) for c in alive]
@@ -223,6 +267,9 @@ def language(
         normed = rms_norm(x, w[f"{name}.post_attention_layernorm.weight"], epsilon)
         gate = torch.nn.functional.silu(linear(normed, w, f"{name}.mlp.gate_proj"))
         x = x + linear(gate * linear(normed, w, f"{name}.mlp.up_proj"), w, f"{name}.mlp.down_proj")
+        for place, column in enumerate(columns):
+            if column in alive and (number + 2) * width <= embeds.shape[1]:
+                x[alive.index(column)] += embeds[place, (number + 1) * width : (number + 2) * width].double()
     last = rms_norm(x[-1], w["language_model.norm.weight"], epsilon)
     head = w.get("lm_head.weight", w["language_model.embed_tokens.weight"])
     return head @ last, last, per_layer

@@ -1,4 +1,5 @@
-"""Schedules that between them use every option, and those of the model whose tower looks at windows but for blocks 1 and 3."""
+"""Schedules that between them use every option, those of the model whose tower looks at windows but for blocks 1 and 3, and those of the model whose
+blocks 0 and 2 give features to the first two decoder layers."""
 
 from __future__ import annotations
 
@@ -35,4 +36,17 @@ WINDOWED_SCHEDULES: dict[str, Schedule] = {
         proportional_attention=1.5,
     ),
     "windows, decoder ranked earlier": Schedule((Stage("decoder", 0, 450),), Importance(vision_layer=-2)),  # which is block 1
+}
+
+DEEPSTACK_SCHEDULES: dict[str, Schedule] = {
+    "deepstack": Schedule(
+        (Stage("tower", 1, 800, 2.5), Stage("tower", 3, 600), Stage("decoder", 0, 450, 2.0), Stage("decoder", 1, 300), Stage("decoder", 3, 100)),
+        Importance(global_threshold=1.3, entropy_weight=0.3),
+        recycled_importance="sum",
+        guidance_weight=0.3,
+    ),
+    "deepstack, proportional": Schedule(
+        (Stage("tower", 0, 850, 1.6), Stage("tower", 2, 700), Stage("decoder", 0, 400, 2.0), Stage("decoder", 2, 200)), proportional_attention=1.7
+    ),
+    "deepstack, first stage": Schedule((Stage("decoder", 0, 450, 1.7),)),
 }

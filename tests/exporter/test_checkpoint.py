@@ -122,8 +122,8 @@ def test_a_cached_model_is_taken_without_asking_the_hub(random_checkpoint: Path,
         (b"\xff\xfe", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
         (b'{"model_type": ' + b"9" * 5000 + b"}", "not readable as JSON"),
-        (b"[]", r"model_type None is not supported \(supported: qwen2_vl, qwen2_5_vl\)"),
-        (b'{"model_type": "llava"}', r"model_type 'llava' is not supported \(supported: qwen2_vl, qwen2_5_vl\)"),
+        (b"[]", r"model_type None is not supported \(supported: qwen2_vl, qwen2_5_vl, qwen3_vl\)"),
+        (b'{"model_type": "llava"}', r"model_type 'llava' is not supported \(supported: qwen2_vl, qwen2_5_vl, qwen3_vl\)"),
         (b'{"model_type": ["qwen2_vl"]}', "is not supported"),
         (b'{"model_type": "qwen2_vl", "text_config": "small"}', "not a valid Qwen2-VL configuration"),
         (b'{"model_type": "qwen2_vl", "vision_config": {"depth": "four"}}', "not a valid Qwen2-VL configuration"),
@@ -225,6 +225,62 @@ def test_the_published_configuration_of_qwen2_5_is_read(tmp_path: Path) -> None:
     config = _read_config(tmp_path)
     tower = TowerShape(32, 1280, 16, 3420, 1176, 2, mlp_matrices=3, window=4, full_blocks=(7, 15, 23, 31))
     assert model_shape(config) == ModelShape(tower, DecoderShape(36, 2048, 16, 2, 128, 11008, 151_936))
+
+
+# config.json of Qwen/Qwen3-VL-4B-Instruct, as written by transformers 4.57: heads wider together than the hidden size.
+PUBLISHED_3 = {
+    "model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"], "image_token_id": 151655, "video_token_id": 151656,
+    "vision_start_token_id": 151652, "vision_end_token_id": 151653, "tie_word_embeddings": True,
+    "text_config": {
+        "attention_bias": False, "bos_token_id": 151643, "dtype": "bfloat16", "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 2560, "intermediate_size": 9728, "max_position_embeddings": 262144, "model_type": "qwen3_vl_text",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}, "rope_theta": 5000000,
+        "tie_word_embeddings": True, "vocab_size": 151936,
+    },
+    "vision_config": {
+        "deepstack_visual_indexes": [5, 11, 17], "depth": 24, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1024, "in_channels": 3,
+        "intermediate_size": 4096, "model_type": "qwen3_vl", "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 2560,
+        "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    },
+}  # fmt: skip
+
+
+def test_the_published_configuration_of_qwen3_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_3))
+    config = _read_config(tmp_path)
+    tower = TowerShape(24, 1024, 16, 4096, 1536, 2, deepstack_blocks=(5, 11, 17))
+    assert model_shape(config) == ModelShape(tower, DecoderShape(36, 2560, 32, 8, 128, 9728, 151_936))
+    assert model_shape(config).visual_width == 4 * 2560
+    assert (config.text_config.rope_parameters["rope_theta"], config.tie_word_embeddings) == (5000000, True)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("vision_config", {"deepstack_visual_indexes": [0, 4]}, r"vision_config.deepstack_visual_indexes must be blocks of the tower, 0\.\.3"),
+        ("vision_config", {"deepstack_visual_indexes": [2, 0]}, r"deepstack_visual_indexes must be blocks of the tower, 0\.\.3, ascending"),
+        ("vision_config", {"deepstack_visual_indexes": [0, 0]}, r"deepstack_visual_indexes must be blocks of the tower, 0\.\.3, ascending"),
+        ("vision_config", {"num_position_embeddings": 24}, "vision_config.num_position_embeddings must be a square"),
+        ("vision_config", {"out_hidden_size": 64}, "vision_config.out_hidden_size must be text_config.hidden_size"),
+        ("text_config", {"num_hidden_layers": 1}, "deepstack_visual_indexes must be no more than text_config.num_hidden_layers"),
+        ("text_config", {"head_dim": 15}, "text_config.head_dim must be even, and num_attention_heads a multiple of num_key_value_heads"),
+        ("text_config", {"num_key_value_heads": 3}, "text_config.head_dim must be even, and num_attention_heads a multiple of num_key_value_heads"),
+        ("text_config", {"head_dim": 0}, "text_config.head_dim must be at least 1"),
+        ("text_config", {"head_dim": 20}, "mrope_section must be three whole numbers that sum to half of the width of a head"),
+        (
+            "text_config",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]}},
+            "text_config.rope_parameters.mrope_interleaved must be true, as Qwen3-VL is computed",
+        ),
+    ],
+)
+def test_models_with_deepstack_that_cannot_be_are_refused(
+    deepstack_checkpoint: Path, tmp_path: Path, part: str, change: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(deepstack_checkpoint, tmp_path / "model")
+    edit_json(folder / "config.json", lambda values: values[part].update(change))
+    refused(folder, message)
 
 
 def test_a_folder_without_configuration_or_weights_is_refused(tmp_path: Path, copy: Path) -> None:

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from schedules import SCHEDULES, WINDOWED_SCHEDULES
+from schedules import DEEPSTACK_SCHEDULES, SCHEDULES, WINDOWED_SCHEDULES
 from support import picture
 from vflow.engines import Engine, Session
 from vflow.engines.backends.onnxruntime import DISABLED_OPTIMIZERS, OnnxRuntimeBackend
@@ -61,6 +61,9 @@ def vision_inputs(engine_processor: Any, rows: int, columns: int) -> tuple[NDArr
         ("windowed_checkpoint", "windows", "fp32"),
         ("windowed_checkpoint", "windows", "fp16"),
         ("windowed_checkpoint", "windows, twice by one block", "fp32", "standard"),
+        ("deepstack_checkpoint", "deepstack", "fp32"),
+        ("deepstack_checkpoint", "deepstack", "fp16"),
+        ("deepstack_checkpoint", "deepstack, proportional", "fp32", "standard"),
     ],
     ids=lambda case: "-".join(case[1:]) + ("-untied" if "untied" in case[0] else ""),
 )
@@ -68,7 +71,7 @@ def pair(request: pytest.FixtureRequest, build: Callable[..., Engine]) -> tuple[
     """An engine in ONNX Runtime, its graphs lowered for the CPU unless "standard", and the same request path over the reference."""
     kind, name, precision, *standard = request.param
     folder = request.getfixturevalue(kind)
-    engine = build(folder, (SCHEDULES | WINDOWED_SCHEDULES)[name], precision)
+    engine = build(folder, (SCHEDULES | WINDOWED_SCHEDULES | DEEPSTACK_SCHEDULES)[name], precision)
     model = load_model(open_checkpoint(str(folder)), {"fp32": torch.float32, "fp16": torch.float16}[precision])
     reference = TorchBackend(*pruned_graphs(model, engine.shape, engine.schedule), engine.segments)
     backend = OnnxRuntimeBackend(engine, provider="cpu", threads=1, standard=bool(standard))

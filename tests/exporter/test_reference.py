@@ -8,7 +8,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from schedules import SCHEDULES, WINDOWED_SCHEDULES
+from schedules import DEEPSTACK_SCHEDULES, SCHEDULES, WINDOWED_SCHEDULES
 from support import picture
 from torch import Tensor
 from vflow.engines.positions import ImageSurvivors, prompt_positions
@@ -51,8 +51,8 @@ def run_language(
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     _, language = pruned_graphs(model, model_shape(model.config), schedule)
     segments = schedule.decoder_segments(4)
-    length = len(input_ids)
-    caches = [(torch.zeros(1, 2, length + 2, 8), torch.zeros(1, 2, length + 2, 8)) for _ in range(4)]
+    length, head_dim = len(input_ids), language.shape.head_dim
+    caches = [(torch.zeros(1, 2, length + 2, head_dim), torch.zeros(1, 2, length + 2, head_dim)) for _ in range(4)]
     biases = [torch.zeros(1, 1, length + 2, 1) for _ in segments] if image.key_bias is not None else []
     with torch.no_grad():
         logits, hidden, present, _ = language(
@@ -70,7 +70,7 @@ def naive_language(
     return naive.language(model, schedule, input_ids, positions, image.visual_embeds, columns, image.importance.tolist(), stands, budget)
 
 
-@pytest.mark.parametrize("kind", ["model", "untied_model", "windowed_model"])
+@pytest.mark.parametrize("kind", ["model", "untied_model", "windowed_model", "deepstack_model"])
 @pytest.mark.parametrize(("rows", "columns"), [(5, 6), (8, 3)])
 def test_with_nothing_pruned_it_is_hugging_face_s_model(request: pytest.FixtureRequest, kind: str, rows: int, columns: int) -> None:
     model, schedule = request.getfixturevalue(kind), unpruned_schedule()
@@ -87,10 +87,12 @@ def test_with_nothing_pruned_it_is_hugging_face_s_model(request: pytest.FixtureR
     torch.testing.assert_close(hidden, theirs.hidden_states[-1][0, -1], rtol=0, atol=1e-4)
 
 
-def test_text_alone_is_hugging_face_s_model(model: Any) -> None:
+@pytest.mark.parametrize("kind", ["model", "deepstack_model"])
+def test_text_alone_is_hugging_face_s_model(request: pytest.FixtureRequest, kind: str) -> None:
+    model = request.getfixturevalue(kind)
     schedule, ids = unpruned_schedule(), [1, 8, 20, 21, 2, 1, 9]
     positions = torch.arange(len(ids)).expand(3, -1)
-    none = Embedded(torch.zeros(0, 32), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    none = Embedded(torch.zeros(0, model_shape(model.config).visual_width), torch.zeros(0), torch.zeros(0, dtype=torch.long))
     logits, _, _ = run_language(model, schedule, ids, positions, none, [], 0)
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
@@ -131,6 +133,13 @@ def test_a_tower_that_looks_at_windows_is_that_of_the_method(windowed_model: Any
     schedule.check(model_shape(windowed_model.config))
     test_tower_and_first_stage_are_those_of_the_method(windowed_model, schedule, rows, columns)
     test_the_decoder_is_that_of_the_method(windowed_model, schedule, rows, columns)
+
+
+@pytest.mark.parametrize(("rows", "columns"), GRIDS)
+@pytest.mark.parametrize("name", DEEPSTACK_SCHEDULES)
+def test_what_blocks_give_to_decoder_layers_is_pruned_and_merged_with_its_tokens(deepstack_model: Any, name: str, rows: int, columns: int) -> None:
+    test_tower_and_first_stage_are_those_of_the_method(deepstack_model, DEEPSTACK_SCHEDULES[name], rows, columns)
+    test_the_decoder_is_that_of_the_method(deepstack_model, DEEPSTACK_SCHEDULES[name], rows, columns)
 
 
 def test_a_smaller_budget_counts_from_fewer_tokens(model: Any) -> None:

@@ -256,9 +256,9 @@ def test_evoprune_keeps_the_attended_one_of_two_equal_tokens_and_merges_the_othe
     attention = torch.tensor([1.0, 1.0, 1.1, 1.2, 1.0, 1.0])
     for stronger, kept_one in ((attention, 3), (attention.flip(0)[[0, 2, 1, 4, 3, 5]], 1)):
         vision = graph(EvoPruneVision, model, METHODS["evoprune"].schedule(model_shape(model.config), 0.8))
-        features, importance, kept, _ = vision.compact(Stage("tower", 2, 850), hidden, state_of(stronger, hidden))
+        features, importance, kept, _ = vision.compact(Stage("tower", 2, 850), hidden.reshape(6, 24), state_of(stronger, hidden))
         assert kept.tolist() == [token for token in range(6) if token != 4 - kept_one]
-        torch.testing.assert_close(features, hidden.reshape(6, 24)[kept].reshape(20, 6))  # merged with its equal: unchanged
+        torch.testing.assert_close(features, hidden.reshape(6, 24)[kept])  # merged with its equal: unchanged
         assert torch.equal(importance, stronger[kept])
 
 
@@ -266,9 +266,9 @@ def test_evoprune_merges_into_the_most_similar_by_attention(model: Any) -> None:
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]).repeat_interleave(4, 0)
     attention = torch.tensor([2.0, 3.0, 1.0])
     vision = graph(EvoPruneVision, model, METHODS["evoprune"].schedule(model_shape(model.config), 0.8))
-    features, _, kept, _ = vision.compact(Stage("tower", 2, 600), hidden, state_of(attention, hidden))
+    features, _, kept, _ = vision.compact(Stage("tower", 2, 600), hidden.reshape(3, 8), state_of(attention, hidden))
     assert kept.tolist() == [0, 1]
-    torch.testing.assert_close(features[4], (3 * hidden[4] + hidden[8]) / 4)
+    torch.testing.assert_close(features[1], (3 * hidden[4] + hidden[8]).tile(4) / 4)
 
 
 def test_evoprune_values_diversity() -> None:

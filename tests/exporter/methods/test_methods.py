@@ -149,3 +149,17 @@ def test_tower_methods_show_the_decoder_exactly_what_leaves_the_tower(model: Any
     schedule = METHODS[name].schedule(model_shape(model.config), 0.3)
     assert schedule.first_stage is None and not schedule.later_stages
     assert schedule.keep_at("tower", 2) == schedule.keep_at("decoder", 0) == 307
+
+
+@pytest.mark.parametrize("name", PRUNING)
+def test_what_blocks_give_to_decoder_layers_follows_its_tokens_and_chooses_none(deepstack_model: Any, name: str) -> None:
+    louder = copy.deepcopy(deepstack_model)
+    for merger in louder.model.visual.deepstack_merger_list:
+        merger.linear_fc2.weight.data *= 1024  # exactly
+        merger.linear_fc2.bias.data *= 1024  # exactly
+    method = METHODS[name]
+    schedule = method.schedule(model_shape(deepstack_model.config), 0.5 if name in WHOLE_LAYERS else 0.2)
+    embeds, importance, index = run_vision(deepstack_model, method, schedule, *pixels_of(5, 6))
+    loud_embeds, loud_importance, loud_index = run_vision(louder, method, schedule, *pixels_of(5, 6))
+    assert index.tolist() == loud_index.tolist() and torch.equal(importance, loud_importance)
+    torch.testing.assert_close(embeds * torch.tensor([1.0] * 32 + [1024.0] * 64), loud_embeds)
