@@ -34,7 +34,11 @@ from .request import ImageSource, prepare_request, read_request
 
 __all__ = ["Feed", "PrunedPrompt", "check_schedule", "load_llm", "register_processor"]
 
-MODELS = {"qwen2_vl": "Qwen2VLModel", "qwen2_5_vl": "Qwen2_5_VLModel"}  # family → its class, all with the same input processor
+MODELS = {  # family → module, its input processor and its class there
+    "qwen2_vl": ("modeling_qwen2vl", "Qwen2VLInputProcessorBase", "Qwen2VLModel"),
+    "qwen2_5_vl": ("modeling_qwen2vl", "Qwen2VLInputProcessorBase", "Qwen2_5_VLModel"),
+    "qwen3_vl": ("modeling_qwen3vl", "Qwen3VLInputProcessorBase", "Qwen3VLModel"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class PrunedPrompt:
     Attributes:
         token_ids: int64 [S], survivors written as image tokens.
         visual_positions: int64 [V], their columns.
-        embeddings: T [V, hidden_size].
+        embeddings: T [V, visual_width]; DeepStack's features lie behind the embedding, as TensorRT-LLM packs them as well.
         position_ids: int64 [3, 1, S], M-RoPE.
         position_delta: int32 [1, 1]; a token of the answer stands, on each axis, at the number of tokens before it and this.
     """
@@ -151,15 +155,16 @@ def register_processor(family: str) -> None:
     Raises:
         EngineError: TensorRT-LLM is missing.
     """
+    module, base, model = MODELS[family]
     try:
-        models = import_module("tensorrt_llm._torch.models.modeling_qwen2vl")
+        models = import_module(f"tensorrt_llm._torch.models.{module}")
         registry = import_module("tensorrt_llm.inputs.registry")
     except ImportError as error:
         raise EngineError(f"TensorRT-LLM cannot be imported ({error}); pip install 'vflow-export[tensorrt-llm]', on a machine with a GPU") from None
     methods = {"attach_multimodal_embeddings": _attach_multimodal_embeddings}
-    processor = type("PrunedQwen2VLInputProcessor", (models.Qwen2VLInputProcessorBase,), methods)
+    processor = type(f"Pruned{base.removesuffix('Base')}", (getattr(models, base),), methods)
     placeholders = registry.MULTIMODAL_PLACEHOLDER_REGISTRY.get_placeholder_metadata(family)
-    registry.register_input_processor(processor, model_type=family, placeholder_metadata=placeholders)(getattr(models, MODELS[family]))
+    registry.register_input_processor(processor, model_type=family, placeholder_metadata=placeholders)(getattr(models, model))
 
 
 def _attach_multimodal_embeddings(

@@ -3,7 +3,8 @@
 Read in ``tensorrt_llm`` of NVIDIA/TensorRT-LLM: ``llmapi/llm.py`` at 4c05a748, ``inputs/registry.py`` at 3a5845e2, ``inputs/data.py`` at 2a9abd95,
 ``_torch/models/modeling_qwen2vl.py`` at c666e7ea and ``_torch/models/modeling_multimodal_utils.py`` at 8bc4e096 (autumn 2025, between 1.1 and 1.2);
 and of 2026, in the fork yechank-nvidia/TensorRT-LLM, the first, fourth and fifth at 328aa1d9, 0d3a07f8 and 0c749552. Where they differ, the stand-in
-can be either.
+can be either. ``_torch/models/modeling_qwen3vl.py`` was read at 002f3cc3 (2026): a row of embeddings is the embedding, then what each of the
+decoder's first layers adds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ CONTRACT = {
                                                                                                "attention_mask"),
     "tensorrt_llm._torch.models.modeling_qwen2vl:Qwen2VLModel": ("model_config",),
     "tensorrt_llm._torch.models.modeling_qwen2vl:Qwen2_5_VLModel": ("model_config",),
+    "tensorrt_llm._torch.models.modeling_qwen3vl:Qwen3VLInputProcessorBase.get_mrope_config": ("input_ids", "image_grid_thw", "video_grid_thw",
+                                                                                               "attention_mask"),
+    "tensorrt_llm._torch.models.modeling_qwen3vl:Qwen3VLModel": ("model_config",),
 }  # fmt: skip
 # multimodal_data["mrope_config"]: name → shape for a prompt of S tokens, dtype.
 MROPE_CONFIG = {"mrope_position_ids": ((3, 1, "S"), "int64"), "mrope_position_deltas": ((1, 1), "int32")}
@@ -84,7 +88,11 @@ class Qwen2_5_VLModel:  # noqa: N801  # its name there
     def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None: ...
 
 
-MODELS: dict[str, type] = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel}  # by model_type
+class Qwen3VLModel:
+    def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+MODELS: dict[str, type] = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}  # by model_type
 
 
 class Registry:
@@ -140,14 +148,19 @@ class LLM:
 
         check_mrope_config(data["mrope_config"], len(token_ids))
         ids = torch.tensor(token_ids)
-        embeddings = self._fuse(ids, data.get("multimodal_embedding"))
+        packed = data.get("multimodal_embedding")
+        width = self.model.get_input_embeddings().embedding_dim
+        embeddings = self._fuse(ids, packed[:, :width] if packed is not None else None)
+        added = {} if packed is None or packed.shape[1] == width else self._deepstack(ids, packed, width)
         positions, delta = data["mrope_config"]["mrope_position_ids"], int(data["mrope_config"]["mrope_position_deltas"])
         stop, answer = self.model.generation_config.eos_token_id, list[int]()
         past, logits = None, None
         with torch.no_grad():
             while len(answer) < self.max_tokens and (not answer or answer[-1] not in np.atleast_1d(stop)):
-                out = self.model(inputs_embeds=embeddings[None], position_ids=positions, past_key_values=past, use_cache=True)
-                past, logits = out.past_key_values, out.logits[0, -1].float().numpy()
+                language = self.model.model.language_model
+                out = language(inputs_embeds=embeddings[None], position_ids=positions, past_key_values=past, use_cache=True, **added)
+                past, added = out.past_key_values, {}
+                logits = self.model.lm_head(out.last_hidden_state[0, -1]).float().numpy()
                 if not answer:
                     self.prefill_logits = logits
                 answer.append(int(logits.argmax()))
@@ -155,11 +168,20 @@ class LLM:
                 positions = torch.full((3, 1, 1), len(token_ids) + len(answer) - 1 + delta)
         return answer
 
+    def _deepstack(self, ids: Any, packed: Any, width: int) -> dict[str, Any]:
+        """What Hugging Face's decoder calls the features that its first layers add: one tensor a layer, as many as the tower has mergers for."""
+        levels = list(packed.split(width, 1))[1:]
+        assert len(levels) == len(self.model.config.vision_config.deepstack_visual_indexes)
+        return {"visual_pos_masks": self._marked(ids)[None], "deepstack_visual_embeds": levels}
+
+    def _marked(self, ids: Any) -> Any:
+        earlier = isinstance(self.input_processor, EarlierInputProcessor)
+        return ids >= self.model.get_input_embeddings().num_embeddings if earlier else ids == self.model.config.image_token_id
+
     def _fuse(self, ids: Any, embeddings: Any) -> Any:
         """Embeddings in the place of the tokens that mark them, which must be as many."""
         embed = self.model.get_input_embeddings()
-        earlier = isinstance(self.input_processor, EarlierInputProcessor)
-        marked = ids >= embed.num_embeddings if earlier else ids == self.model.config.image_token_id
+        marked = self._marked(ids)
         if embeddings is None:
             assert not marked.any()
             return embed(ids)
@@ -190,6 +212,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, earlier: bool = False) -> Regist
             "Qwen2VLModel": Qwen2VLModel,
             "Qwen2_5_VLModel": Qwen2_5_VLModel,
         },
+        "tensorrt_llm._torch.models.modeling_qwen3vl": {"Qwen3VLInputProcessorBase": processor, "Qwen3VLModel": Qwen3VLModel},
     }
     for name, values in contents.items():
         module = ModuleType(name)

@@ -54,9 +54,9 @@ def test_an_engine_is_read_as_it_was_written(standin: Engine) -> None:
 
 def test_an_engine_from_before_towers_had_windows_has_none(make_standin: MakeStandin, edit_manifest: Edit) -> None:
     folder = make_standin()
-    edit_manifest(folder, lambda m: [m["shape"]["tower"].pop(name) for name in ("mlp_matrices", "window", "full_blocks")])
+    edit_manifest(folder, lambda m: [m["shape"]["tower"].pop(name) for name in ("mlp_matrices", "window", "full_blocks", "deepstack_blocks")])
     tower = open_engine(folder).shape.tower
-    assert (tower.mlp_matrices, tower.window, tower.full_blocks) == (2, 0, ())
+    assert (tower.mlp_matrices, tower.window, tower.full_blocks, tower.deepstack_blocks) == (2, 0, (), ())
 
 
 def test_files_in_subfolders_belong_to_the_engine(standin: Engine, tmp_path: Path) -> None:
@@ -244,6 +244,7 @@ FIELD_DAMAGE: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("zero size", lambda m: m["shape"]["tower"].update(blocks=0), "shape.tower.blocks must be at least 1"),
     ("window", lambda m: m["shape"]["tower"].update(window=-1), "shape.tower.window must be at least 0"),
     ("blocks", lambda m: m["shape"]["tower"].update(full_blocks=["7"]), "field shape.tower.full_blocks must be a list of blocks"),
+    ("DeepStack", lambda m: m["shape"]["tower"].update(deepstack_blocks=[-1]), "field shape.tower.deepstack_blocks must be a list of blocks"),
     ("null", lambda m: m.update(segments=None), "field segments must be a list"),
     ("bad schedule", lambda m: m["schedule"]["stages"][0].update(keep=4096), "schedule: stage before decoder 0: keep"),
     ("schedule of another model", lambda m: m["schedule"].update(model="ffff"), "schedule was made for model ffff"),

@@ -38,7 +38,7 @@ SCHEDULES = {
     "tower alone": Schedule((Stage("tower", 1, 500),)),
     "renumbered": Schedule((Stage("decoder", 0, 400),), renumber_first_stage=True),
 }
-WINDOWED = Schedule((Stage("tower", 2, 600), Stage("decoder", 0, 300, 2.0)))
+LATER_TOWER = Schedule((Stage("tower", 2, 600), Stage("decoder", 0, 300, 2.0)))
 PROMPT = "how many objects are there ?"
 IMAGES = [picture(5, 6, seed=1), picture(3, 4, seed=2)]
 
@@ -132,10 +132,10 @@ def test_a_runtime_that_knows_nothing_of_pruning_gives_the_same_answer(
     np.testing.assert_allclose(llm.prefill_logits, expected, rtol=0, atol=LOGITS)
 
 
-def test_a_tower_that_looks_at_windows_gives_the_same_answer_too(build: Any, windowed_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    test_a_runtime_that_knows_nothing_of_pruning_gives_the_same_answer(
-        build(windowed_checkpoint, WINDOWED), windowed_checkpoint, monkeypatch, 2, False
-    )
+@pytest.mark.parametrize("kind", ["windowed_checkpoint", "deepstack_checkpoint"])
+def test_other_families_give_the_same_answer_too(build: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    folder = request.getfixturevalue(kind)
+    test_a_runtime_that_knows_nothing_of_pruning_gives_the_same_answer(build(folder, LATER_TOWER), folder, monkeypatch, 2, False)
 
 
 @pytest.mark.parametrize("change", ["position_ids", "position_delta", "embeddings"])

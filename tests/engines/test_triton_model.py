@@ -120,9 +120,9 @@ def test_without_a_thread_for_it_a_request_is_told_so_and_the_others_are_answere
         start(thread)
 
     first, second = request(), request()
-    monkeypatch.setattr(threading.Thread, "start", start_but_one)
-    model.execute([first, second])
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_but_one)
+        model.execute([first, second])
     for one in (first, second):
         assert one.sender.ended.wait(PATIENCE)
     assert "can't start new thread" in str(first.sender.responses[-1].error)

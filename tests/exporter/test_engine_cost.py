@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx.inliner import inline_local_functions
-from schedules import SCHEDULES, WINDOWED_SCHEDULES
+from schedules import DEEPSTACK_SCHEDULES, SCHEDULES, WINDOWED_SCHEDULES
 from support import MAX_VISUAL_TOKENS, picture
 from vflow.engines import Engine, Session
 from vflow.engines.preprocess import preprocess_image
@@ -81,21 +81,26 @@ def inputs(session: Session) -> tuple[dict[str, Any], dict[str, Any], int]:
     return vision, language, prepared.input_ids.size - prepared.visual_positions.size
 
 
-@pytest.mark.parametrize("name", list(SCHEDULES))
-def test_the_products_in_an_engine_s_graphs_are_the_arithmetic_s(build: Callable[..., Engine], random_checkpoint: Path, name: str) -> None:
-    engine = build(random_checkpoint, SCHEDULES[name])
+def check_products(engine: Engine) -> None:
     vision, language, text_tokens = inputs(Session(engine))
     expected = cost(engine.schedule, engine.shape, rows=ROWS, columns=COLUMNS, text_tokens=text_tokens)
     assert products(engine.path / "language.onnx", language, causal=True) == expected.decoder_flops
     assert products(engine.path / "vision.onnx", vision, causal=False) == expected.tower_flops + expected.scoring_flops
 
 
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_the_products_in_an_engine_s_graphs_are_the_arithmetic_s(build: Callable[..., Engine], random_checkpoint: Path, name: str) -> None:
+    check_products(build(random_checkpoint, SCHEDULES[name]))
+
+
 @pytest.mark.parametrize("name", list(WINDOWED_SCHEDULES))
 def test_they_are_where_the_tower_looks_at_windows(build: Callable[..., Engine], windowed_checkpoint: Path, name: str) -> None:
-    engine = build(windowed_checkpoint, WINDOWED_SCHEDULES[name])
-    vision, _, text_tokens = inputs(Session(engine))
-    expected = cost(engine.schedule, engine.shape, rows=ROWS, columns=COLUMNS, text_tokens=text_tokens)
-    assert products(engine.path / "vision.onnx", vision, causal=False) == expected.tower_flops + expected.scoring_flops
+    check_products(build(windowed_checkpoint, WINDOWED_SCHEDULES[name]))
+
+
+@pytest.mark.parametrize("name", list(DEEPSTACK_SCHEDULES))
+def test_they_are_where_blocks_give_to_decoder_layers(build: Callable[..., Engine], deepstack_checkpoint: Path, name: str) -> None:
+    check_products(build(deepstack_checkpoint, DEEPSTACK_SCHEDULES[name]))
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))

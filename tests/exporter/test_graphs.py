@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from onnx.external_data_helper import ExternalDataInfo
-from schedules import SCHEDULES, WINDOWED_SCHEDULES
+from schedules import DEEPSTACK_SCHEDULES, SCHEDULES, WINDOWED_SCHEDULES
 from vflow.engines import Engine
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.model import load_model
@@ -70,6 +70,17 @@ def test_a_tower_that_looks_at_windows_is_of_such_operators_too(build: Callable[
     }  # fmt: skip
     assert sorted(len(node.input) for node in nodes if node.op_type == "Attention") == [3, 3, 4, 4]  # windows have a mask
     onnx.checker.check_model(str(engine.path / "vision.onnx"))
+
+
+def test_a_model_with_deepstack_is_of_such_operators_too(build: Callable[..., Engine], deepstack_checkpoint: Path) -> None:
+    engine = build(deepstack_checkpoint, DEEPSTACK_SCHEDULES["deepstack"])
+    vision, language = (Counter(node.op_type for node in load(engine, name).graph.node if node.domain == "") for name in ("vision", "language"))
+    assert (vision["Attention"], vision["RotaryEmbedding"], vision["LayerNormalization"]) == (4, 8, 11)  # two norms a block, and three mergers'
+    assert (language["Attention"], language["RotaryEmbedding"], language["RMSNormalization"]) == (4, 8, 17)  # two a layer, two of its heads, the last
+    assert [list(tensor.shape) for tensor in engine.language.inputs if tensor.name == "visual_embeds"] == [["visual", 96]]
+    assert [list(tensor.shape) for tensor in engine.vision.outputs if tensor.name == "visual_embeds"] == [["survivors", 96]]
+    onnx.checker.check_model(str(engine.path / "vision.onnx"))
+    onnx.checker.check_model(str(engine.path / "language.onnx"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from schedules import SCHEDULES, WINDOWED_SCHEDULES
+from schedules import DEEPSTACK_SCHEDULES, SCHEDULES, WINDOWED_SCHEDULES
 from vflow.engines import Engine
 from vflow.exporter.onnxruntime_graph import graph_for_onnxruntime
 from vflow.plugins.node import DOMAIN
@@ -98,6 +98,13 @@ def test_attention_in_windows_stays_standard(build: Callable[..., Engine], windo
     engine = build(windowed_checkpoint, WINDOWED_SCHEDULES["windows"])
     vision = onnx.load(engine.path / str(engine.vision.cpu_file), load_external_data=False)
     assert operators(vision.graph.node) == {"MultiHeadAttention": 2, "Attention": 2}
+
+
+def test_heads_that_are_normed_are_lowered_as_others_are(build: Callable[..., Engine], deepstack_checkpoint: Path) -> None:
+    engine = build(deepstack_checkpoint, DEEPSTACK_SCHEDULES["deepstack"])
+    vision, language = (onnx.load(engine.path / str(graph.cpu_file), load_external_data=False) for graph in (engine.vision, engine.language))
+    assert operators(vision.graph.node) == {"MultiHeadAttention": 4}
+    assert operators(language.graph.node) == {"GroupQueryAttention": 4}
 
 
 def test_a_lowered_graph_has_the_interface_and_the_weights_of_the_other(build: Callable[..., Engine], random_checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from schedules import SCHEDULES, WINDOWED_SCHEDULES
+from schedules import DEEPSTACK_SCHEDULES, SCHEDULES, WINDOWED_SCHEDULES
 from support import picture
 from vflow.exporter.checkpoint import open_checkpoint
 from vflow.exporter.reference import ReferenceModel
@@ -71,6 +71,13 @@ def test_cached_objective_equals_the_plain_one(objective: FlowObjective, name: s
 def test_cached_objective_equals_the_plain_one_with_windows(windowed_checkpoint: Path, name: str, blocks: tuple[int, ...]) -> None:
     objective = FlowObjective(open_checkpoint(str(windowed_checkpoint)), SAMPLES[:1], blocks=blocks)
     assert objective.score(WINDOWED_SCHEDULES[name]) == pytest.approx(objective.score_plainly(WINDOWED_SCHEDULES[name]), abs=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [(), (1,), (3,), (1, 3)])
+@pytest.mark.parametrize("name", DEEPSTACK_SCHEDULES)
+def test_cached_objective_equals_the_plain_one_with_deepstack(deepstack_checkpoint: Path, name: str, blocks: tuple[int, ...]) -> None:
+    objective = FlowObjective(open_checkpoint(str(deepstack_checkpoint)), SAMPLES[:1], blocks=blocks)
+    assert objective.score(DEEPSTACK_SCHEDULES[name]) == pytest.approx(objective.score_plainly(DEEPSTACK_SCHEDULES[name]), abs=1e-6)
 
 
 def test_of_a_tower_with_windows_states_are_kept_where_tokens_are_ranked(windowed_checkpoint: Path) -> None:
