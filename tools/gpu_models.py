@@ -39,7 +39,6 @@ PROMPT = "how many objects are there ?"
 TEXT_TOKENS, NEW_TOKENS = 64, 17
 CHECKED_INPUTS = 5
 REPEATS = 5  # after one that warms up; medians are told
-PIXELS = 28  # side of a visual token
 
 Runtime = tuple[str, dict[str, str]]  # name, and the arguments of Session
 
@@ -142,7 +141,8 @@ def _measure(held: list[Session], folder: Path, arguments: dict[str, str], side:
 
     if not held:
         held.append(Session(open_engine(folder, check_hashes=False), **arguments))
-    pixels = np.random.default_rng(side).integers(0, 256, (side * PIXELS, side * PIXELS, 3), dtype=np.uint8)
+    pixels_a_side = side * held[0].engine.image_processor.factor
+    pixels = np.random.default_rng(side).integers(0, 256, (pixels_a_side, pixels_a_side, 3), dtype=np.uint8)
     runs = [held[0].generate(PROMPT, [pixels], max_new_tokens=NEW_TOKENS) for _ in range(1 + REPEATS)][1:]
     found: dict[str, Any] = {"passed": None, "visual_tokens": runs[0].visual_tokens, "kept": [stage.kept for stage in runs[0].stages]}
     for name in ("vision_s", "prefill_s", "ttft_s"):

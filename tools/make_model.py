@@ -17,42 +17,53 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from vflow.exporter.checkpoint import open_checkpoint, resolve_model
-from vflow.exporter.models import QWEN2_5_VL, QWEN2_VL, Family, ModelConfig, family_of
+from vflow.exporter.models import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, Family, ModelConfig, family_of
 
 SHARD_BYTES = 1 << 30
+SECTIONS = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}
+INTERLEAVED = {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 STD = 0.02
-# text: hidden, MLP, layers, heads, KV heads, tied; a family's tower is the same in all sizes (public configurations)
-SHAPES: dict[str, tuple[Family, tuple[int, int, int, int, int, bool]]] = {
-    "2b": (QWEN2_VL, (1536, 8960, 28, 12, 2, True)),
-    "7b": (QWEN2_VL, (3584, 18944, 28, 28, 4, False)),
-    "2.5-3b": (QWEN2_5_VL, (2048, 11008, 36, 16, 2, True)),
-    "2.5-7b": (QWEN2_5_VL, (3584, 18944, 28, 28, 4, False)),
+TOWER_2 = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
+TOWER_2_5 = {
+    "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+}  # fmt: skip
+TOWER_3 = {"depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+TOWER_3_8B = {"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
+# Public configurations; of the text: hidden, MLP, layers, heads, KV heads, tied.
+SHAPES: dict[str, tuple[Family, tuple[int, int, int, int, int, bool], dict[str, Any]]] = {
+    "2b": (QWEN2_VL, (1536, 8960, 28, 12, 2, True), TOWER_2),
+    "7b": (QWEN2_VL, (3584, 18944, 28, 28, 4, False), TOWER_2),
+    "2.5-3b": (QWEN2_5_VL, (2048, 11008, 36, 16, 2, True), TOWER_2_5),
+    "2.5-7b": (QWEN2_5_VL, (3584, 18944, 28, 28, 4, False), TOWER_2_5),
+    "3-2b": (QWEN3_VL, (2048, 6144, 28, 16, 8, True), TOWER_3),
+    "3-4b": (QWEN3_VL, (2560, 9728, 36, 32, 8, True), TOWER_3),
+    "3-8b": (QWEN3_VL, (4096, 12288, 36, 32, 8, False), TOWER_3_8B),
 }
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 PROCESSOR = "preprocessor_config.json"
-MAX_PIXELS = 16_384 * 28 * 28  # as in the public configurations; the small model's own is 1,280 visual tokens
+MAX_VISUAL_TOKENS = 16_384  # as in the public configurations; the small model's own is 1,280
 
 
 def shape_config(name: str, small: ModelConfig) -> ModelConfig:
     """A public shape with the small model's token ids."""
-    family, (hidden, mlp, layers, heads, kv_heads, tied) = SHAPES[name]
+    family, (hidden, mlp, layers, heads, kv_heads, tied), tower = SHAPES[name]
+    third = family is QWEN3_VL
     text = {
-        "vocab_size": 151_936 if tied else 152_064,
+        "vocab_size": 151_936 if tied or third else 152_064,
         "hidden_size": hidden,
         "intermediate_size": mlp,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]},
+        "rope_parameters": INTERLEAVED if third else SECTIONS,
         "bos_token_id": small.text_config.bos_token_id,
         "eos_token_id": small.text_config.eos_token_id,
         "pad_token_id": small.text_config.pad_token_id,
     }
-    vision: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "hidden_size": hidden, "num_heads": 16, "mlp_ratio": 4}
-    if family is QWEN2_5_VL:
-        windows = {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
-        vision = {"depth": 32, "hidden_size": 1280, "out_hidden_size": hidden, "num_heads": 16, "intermediate_size": 3420, **windows}
+    if third:
+        text["head_dim"] = 128
+    vision = {**tower, ("hidden_size" if family is QWEN2_VL else "out_hidden_size"): hidden}
     ids = {key: getattr(small, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
     config: ModelConfig = family.config(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
     return config
@@ -95,7 +106,9 @@ def main() -> None:
     for file in COPIED:
         shutil.copy(tiny / file, args.output / file)
     processor = json.loads((tiny / PROCESSOR).read_text())
-    (args.output / PROCESSOR).write_text(json.dumps({**processor, "max_pixels": MAX_PIXELS}, indent=2))
+    vision = config.vision_config
+    largest = MAX_VISUAL_TOKENS * (vision.patch_size * vision.spatial_merge_size) ** 2
+    (args.output / PROCESSOR).write_text(json.dumps({**processor, "patch_size": vision.patch_size, "max_pixels": largest}, indent=2))
     print(f"{args.output}: {sum(torch.Size(s).numel() for _, s in names) / 1e9:.2f} G parameters, {total / 1e9:.2f} GB")
 
 

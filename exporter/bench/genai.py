@@ -1,8 +1,8 @@
 """onnxruntime-genai: the text decoder alone, as its own model builder makes it.
 
 Its builder (0.18) knows Qwen2.5-VL and Qwen3-VL but not Qwen2-VL, and exports of both the decoder only. So any decoder is given to it as what it is
-without images, a Qwen2: the same layers with one rotary position a token instead of three. Prompts have as many tokens as with an image, and there is
-no vision tower in the time to first token.
+without images, a Qwen2 or Qwen3: the same layers with one rotary position a token instead of three. Prompts have as many tokens as with an image, and
+there is no vision tower in the time to first token.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class GenaiSubject:
 
 
 def _build(spec: SubjectSpec, output: Path) -> None:
-    """Make a Qwen2 checkpoint and run the model builder on it, in processes of their own, so that their memory is not counted."""
+    """Make a text checkpoint and run the model builder on it, in processes of their own, so that their memory is not counted."""
     text = output.with_name("qwen2-text")
     options = ["-p", spec.precision, "-e", spec.provider, "-c", str(output.with_name("cache"))]
     for module, arguments in (

@@ -1,4 +1,4 @@
-"""A checkpoint's decoder as the Qwen2 checkpoint that it is without images: what onnxruntime-genai's model builder takes.
+"""A checkpoint's decoder as the Qwen2 or Qwen3 checkpoint that it is without images: what onnxruntime-genai's model builder takes.
 
 python -m vflow.exporter.bench.genai_text MODEL FOLDER
 """
@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen3Config
 
 from ..checkpoint import Checkpoint, TensorReader, open_checkpoint
+from ..models import family_of
 
 __all__ = ["write_text_model"]
 
@@ -33,11 +34,13 @@ def write_text_model(checkpoint: Checkpoint, folder: Path) -> None:
         if (checkpoint.path / name).exists():
             shutil.copy(checkpoint.path / name, folder / name)
     text = checkpoint.config.text_config
-    config = Qwen2Config(
+    third = family_of(checkpoint.config).own_head_dim
+    config = (Qwen3Config if third else Qwen2Config)(
         **{name: getattr(text, name) for name in SAME_FIELDS},
         rope_parameters={"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]},
         tie_word_embeddings=checkpoint.config.tie_word_embeddings,
-        architectures=["Qwen2ForCausalLM"],
+        architectures=["Qwen3ForCausalLM" if third else "Qwen2ForCausalLM"],
+        **({"head_dim": text.head_dim, "attention_bias": text.attention_bias} if third else {}),
     )
     config.save_pretrained(folder)
 

@@ -84,7 +84,7 @@ class Family:
             return "text_config.head_dim must be even, and num_attention_heads a multiple of num_key_value_heads"
         if not self.own_head_dim and (text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads):
             return "text_config.num_attention_heads must divide hidden_size into heads of even width, and be a multiple of num_key_value_heads"
-        if bool(rope.get("mrope_interleaved")) != self.interleaved:
+        if rope.get("mrope_interleaved", self.interleaved) != self.interleaved:
             return f"text_config.rope_parameters.mrope_interleaved must be {str(self.interleaved).lower()}, as {self.title} is computed"
         sections = rope.get("mrope_section")
         if not isinstance(sections, list) or len(sections) != 3 or 2 * sum(sections) != self._head_dim(text):

@@ -31,7 +31,7 @@ class LanguageGraph(nn.Module):
         self.stages = {stage.layer: stage for stage in schedule.later_stages}
         rope = self.language_model.config.rope_parameters
         self.theta, self.sections = float(rope["rope_theta"]), list(rope["mrope_section"])
-        self.interleaved = bool(rope.get("mrope_interleaved"))
+        self.interleaved = hasattr(self.language_model.rotary_emb, "apply_interleaved_mrope")
         self.deepstack_layers = len(shape.tower.deepstack_blocks)
         self.epsilon = float(self.language_model.config.rms_norm_eps)
 

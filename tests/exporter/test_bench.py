@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from schedules import SCHEDULES
 from vflow.engines import Engine, EngineError
 from vflow.exporter.bench import runner, subjects
+from vflow.exporter.bench.genai_text import write_text_model
 from vflow.exporter.bench.limits import limits
 from vflow.exporter.bench.measurement import Request, Timing, median
 from vflow.exporter.bench.openvino import kept_tokens
@@ -22,7 +24,7 @@ from vflow.exporter.bench.report import bench_tables, bench_values
 from vflow.exporter.bench.runner import Measured, measure_in_turns
 from vflow.exporter.bench.subjects import SubjectSpec, baseline_specs, check_engines, engine_spec
 from vflow.exporter.budget import traffic
-from vflow.exporter.checkpoint import resolve_model
+from vflow.exporter.checkpoint import open_checkpoint, resolve_model
 from vflow.exporter.cli import main
 from vflow.exporter.schedule import Schedule, Stage, unpruned_schedule
 from vflow.exporter.shape import DecoderShape, ModelShape, TowerShape
@@ -235,6 +237,19 @@ def test_engines_and_hugging_face_are_timed_from_the_command_line(engines: list[
             assert answer["kv_bytes"] > 0 and answer["visual_tokens"][0] == 36
     unpruned, pruned, theirs = (entry["sides"][0]["answers"][0] for entry in values["results"])
     assert unpruned["kv_bytes"] == theirs["kv_bytes"] > pruned["kv_bytes"]
+
+
+@pytest.mark.parametrize("kind", ["random_checkpoint", "untied_checkpoint", "windowed_checkpoint", "deepstack_checkpoint"])
+def test_the_text_model_that_onnxruntime_genai_gets_is_the_decoder(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    folder = request.getfixturevalue(kind)
+    write_text_model(open_checkpoint(str(folder)), tmp_path / "text")
+    text, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values())
+    ids = torch.tensor([[1, 8, 20, 21, 2, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(text(ids).logits, AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits)
 
 
 @pytest.mark.slow

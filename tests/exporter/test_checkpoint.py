@@ -270,7 +270,7 @@ def test_the_published_configuration_of_qwen3_is_read(tmp_path: Path) -> None:
         ("text_config", {"head_dim": 20}, "mrope_section must be three whole numbers that sum to half of the width of a head"),
         (
             "text_config",
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]}},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2], "mrope_interleaved": False}},
             "text_config.rope_parameters.mrope_interleaved must be true, as Qwen3-VL is computed",
         ),
     ],

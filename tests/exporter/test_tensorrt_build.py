@@ -294,6 +294,15 @@ def test_windows_and_proportional_attention_in_several_segments_are_built(
     assert sum(row["attention"]["mask"] is not None for row in layers if row["type"] == "ATTENTION_INPUT") == 2  # blocks 0 and 2
 
 
+def test_a_model_with_deepstack_is_built(build: Callable[..., Engine], deepstack_checkpoint: Path, tmp_path: Path) -> None:
+    stages = (Stage("tower", 2, 600, 2.0), Stage("decoder", 0, 400), Stage("decoder", 1, 150))  # before and behind layers that add features
+    engine = build(deepstack_checkpoint, Schedule(stages, guidance_weight=0.3), "fp16")
+    folder = Path(shutil.copytree(engine.path, tmp_path / "engine"))
+    built = build_here(engine, folder)
+    for name in GRAPHS:
+        assert (folder / built[name]["file"]).read_bytes()[:4] == PLAN_MAGIC
+
+
 def test_what_stops_a_build_ends_the_process_that_builds(source: tuple[Engine, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
