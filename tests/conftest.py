@@ -93,7 +93,7 @@ DEEPSTACK_TOWER: dict[str, Any] = {
     "depth": 4, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 44, "patch_size": PATCH_SIZE,
     "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2],
 }  # fmt: skip
-INTERLEAVED_ROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+INTERLEAVED_ROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 3, 1], "mrope_interleaved": True}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_vl": {},
     "qwen2_5_vl": {"vision_config": WINDOWED_TOWER},

@@ -329,7 +329,7 @@ def _norm(norm: Any, hidden: Tensor) -> Tensor:
 
 
 def _between(rows: Tensor, length: int) -> Tensor:
-    """``length`` rows evenly spread from the first of ``rows`` to the last, each between its two neighbours: [K, …, C] → [length, …, C]."""
+    """``length`` rows evenly spread from the first of ``rows`` to the last, each between its two neighbours: [K, L, C] → [length, L, C]."""
     place = torch.arange(length, device=rows.device).float()
     place = place * ((rows.shape[0] - 1) / place[-1:].clamp(min=1))
     before = place.long()

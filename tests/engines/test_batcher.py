@@ -116,6 +116,16 @@ def test_every_answer_is_the_one_given_alone(make_standin: MakeStandin, schedule
         assert stats.visual_tokens == sum(result.visual_tokens for result in results)
 
 
+def test_rows_that_decoder_layers_add_to_are_decoded_as_if_alone(build: Callable[..., Engine], deepstack_checkpoint: Path) -> None:
+    engine = build(deepstack_checkpoint, Schedule((Stage("decoder", 0, 500, 2.0), Stage("decoder", 1, 250))))
+    alone = Session(engine, provider="cpu", threads=1)
+    requests: list[tuple[str, list[Any]]] = [("what color", [blocks(3, 4, seed=1)]), ("how many", []), ("what", [blocks(2, 5, 2), blocks(1, 3, 3)])]
+    with Batcher(engine, slots=3, provider="cpu", threads=1) as batcher:
+        tickets = [batcher.submit(prompt, images, max_new_tokens=6) for prompt, images in requests]
+        for ticket, (prompt, images) in zip(tickets, requests, strict=True):
+            assert ticket.result(PATIENCE).token_ids == alone.generate(prompt, images, max_new_tokens=6).token_ids
+
+
 def test_what_a_slot_adds_to_attention_scores_is_its_own(build: Callable[..., Engine], random_checkpoint: Path) -> None:
     """An engine with proportional attention keeps that beside the caches, for each slot and segment."""
     stages = (Stage("decoder", 0, 400, 2.0), Stage("decoder", 2, 200))
