@@ -66,6 +66,16 @@ def test_flops_of_a_tower_with_windows_are_those_counted_product_by_product() ->
     assert moved[0] - moved[1] == 2 * (3 * 8 * 16 + 4 * (20 + 20 + 10) * 16)  # a matrix of each block, and what it gives for each patch
 
 
+def test_a_merger_of_deepstack_costs_and_moves_what_its_block_has_alive() -> None:
+    giving = replace(SMALL, tower=replace(SMALL.tower, deepstack_blocks=(0, 1)))
+    schedule = Schedule((Stage("tower", 1, 512),))
+    size: dict[str, int] = {"rows": 4, "columns": 5, "text_tokens": 3}
+    theirs, plain = (cost(schedule, shape, **size) for shape in (giving, SMALL))
+    assert theirs.embed_flops - plain.embed_flops == sum(matmul(alive, 32, 32) + matmul(alive, 32, 8) for alive in (20, 10))
+    moved = [traffic(schedule, shape, **size, bytes_per_value=2).tower for shape in (giving, SMALL)]
+    assert moved[0] - moved[1] == 2 * (2 * (32 * 32 + 32 * 8) + (20 + 10) * (3 * 32 + 8))  # weights; in, between twice, out
+
+
 def test_the_2b_shape_costs_what_the_method_says() -> None:
     full = cost(unpruned_schedule(), QWEN2_VL_2B, rows=32, columns=32, text_tokens=64)
     assert sum(full.tower_block_flops) / 1e12 == pytest.approx(7.9, abs=0.05)  # its table leaves out patch embedding and merger

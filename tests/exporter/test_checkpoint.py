@@ -255,6 +255,12 @@ def test_the_published_configuration_of_qwen3_is_read(tmp_path: Path) -> None:
     assert (config.text_config.rope_parameters["rope_theta"], config.tie_word_embeddings) == (5000000, True)
 
 
+def test_only_models_that_have_it_read_a_width_of_heads(copy: Path, deepstack_checkpoint: Path) -> None:
+    edit_json(copy / "config.json", lambda values: values["text_config"].update(head_dim=2))
+    assert model_shape(open_checkpoint(str(copy)).config).decoder.head_dim == 8
+    assert model_shape(open_checkpoint(str(deepstack_checkpoint)).config).decoder.head_dim == 16
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
