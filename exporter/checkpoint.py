@@ -164,6 +164,12 @@ def open_checkpoint(model: str) -> Checkpoint:
                 raise CheckpointError(f"{disk_name} is in {tensors[name].file} and in {file}: remove the one that does not belong to this checkpoint")
             tensors[name] = TensorInfo(file, dtype, shape)
             disk_names[name] = disk_name
+    for field, count in (
+        ("text_config.num_hidden_layers", config.text_config.num_hidden_layers),
+        ("vision_config.depth", config.vision_config.depth),
+    ):
+        if count > len(tensors):  # before that many modules are made to find out what is missing
+            raise CheckpointError(f"{path / 'config.json'}: {field} is {count}, the weights have {len(tensors)} tensors")
     lasting = os.path.abspath(path) if model not in ALIASES and Path(model).is_dir() else model  # found again from another working directory
     return Checkpoint(lasting, path, config, tensors, disk_names)
 
@@ -186,7 +192,7 @@ def _read_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{file}: model_type {name!r} is not supported (supported: {', '.join(FAMILIES)})")
     try:
         config: ModelConfig = family.config.from_dict(values)
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: not a valid {family.title} configuration ({_first_line(error)})") from None
     problem = family.check(config)
     if problem:

@@ -156,6 +156,17 @@ def test_impossible_sizes_are_refused_by_file(copy: Path, part: str, change: dic
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"hidden_act": "x"}, "text_config.hidden_act 'x' is unknown to transformers"),
+        ({"rms_norm_eps": -1.0}, "text_config.rms_norm_eps must be a number of at least 0"),
+        ({"dtype": []}, "not a valid Qwen2-VL configuration"),
+        *(
+            ({"rope_parameters": {"rope_type": "default", "rope_theta": theta, "mrope_section": [2, 1, 1]}}, "rope_theta must be a positive number")
+            for theta in (None, "x", 0, -1, [], True)
+        ),
+        *(
+            ({"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections}}, "must be three whole numbers that sum")
+            for sections in (None, ["a", 1, 1], [5, -2, 1], [2.0, 1, 1], [2, 2])
+        ),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "use_sliding_window is not supported"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "mrope_section": [2, 1, 1]}},
@@ -171,6 +182,19 @@ def test_variants_that_the_graphs_do_not_compute_are_refused(copy: Path, change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"image_token_id": -1}, r"image_token_id must be a token, 0\.\.47"),
+        ({"vision_end_token_id": 48}, r"vision_end_token_id must be a token, 0\.\.47"),
+        ({"dtype": [1]}, "not a valid Qwen2-VL configuration"),
+    ],
+)
+def test_values_at_the_top_that_cannot_be_are_refused(copy: Path, change: dict[str, Any], message: str) -> None:
+    edit_json(copy / "config.json", lambda values: values.update(change))
+    refused(copy, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"window_size": 7}, "vision_config.window_size must be at least 8 pixels, one visual token"),
         ({"fullatt_block_indexes": [1, 4]}, r"vision_config.fullatt_block_indexes must be blocks of the tower, 0\.\.3"),
         ({"fullatt_block_indexes": [-1]}, r"vision_config.fullatt_block_indexes must be blocks of the tower, 0\.\.3"),
@@ -178,6 +202,7 @@ def test_variants_that_the_graphs_do_not_compute_are_refused(copy: Path, change:
         ({"num_heads": 16}, "vision_config.num_heads must divide hidden_size into heads whose width is a multiple of 4"),
         ({"intermediate_size": 0}, "vision_config.intermediate_size must be at least 1"),
         ({"patch_size": [4, 4]}, "vision_config.patch_size must be at least 1"),
+        ({"depth": 10**9}, r"vision_config.depth is 1000000000, the weights have \d+ tensors"),
     ],
 )
 def test_towers_with_windows_that_cannot_be_are_refused(windowed_checkpoint: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -269,6 +294,7 @@ def test_only_models_that_have_it_read_a_width_of_heads(copy: Path, deepstack_ch
         ("vision_config", {"deepstack_visual_indexes": [0, 0]}, r"deepstack_visual_indexes must be blocks of the tower, 0\.\.3, ascending"),
         ("vision_config", {"num_position_embeddings": 24}, "vision_config.num_position_embeddings must be a square"),
         ("vision_config", {"out_hidden_size": 64}, "vision_config.out_hidden_size must be text_config.hidden_size"),
+        ("text_config", {"num_hidden_layers": 10**9}, r"text_config.num_hidden_layers is 1000000000, the weights have \d+ tensors"),
         ("text_config", {"num_hidden_layers": 1}, "deepstack_visual_indexes must be no more than text_config.num_hidden_layers"),
         ("text_config", {"head_dim": 15}, "text_config.head_dim must be even, and num_attention_heads a multiple of num_key_value_heads"),
         ("text_config", {"num_key_value_heads": 3}, "text_config.head_dim must be even, and num_attention_heads a multiple of num_key_value_heads"),
