@@ -1,14 +1,16 @@
-"""Train the small Qwen2-VL or Qwen2.5-VL that ships with vflow-export, on generated visual question answering.
+"""Train the small Qwen2-VL, Qwen2.5-VL or Qwen3-VL that ships with vflow-export, on generated visual question answering.
 
     python tools/train_tiny.py --output exporter/tiny/checkpoint --minutes 110
     python tools/train_tiny.py --output exporter/tiny/checkpoint-2.5 --family qwen2_5_vl --start exporter/tiny/checkpoint \\
         --minutes 84 --begin-at 6 --decoder-warm-up 500 --kinds shape,color,count,count_color,count_shape,exists
+    python tools/train_tiny.py --output exporter/tiny/checkpoint-3 --family qwen3_vl --start exporter/tiny/checkpoint --threads 1 \\
+        --minutes 98 --begin-at 16 --decoder-warm-up 200 --kinds shape,color,count,count_color,count_shape,exists
 
 Writes a Hugging Face checkpoint (config.json, model.safetensors in fp16, tokenizer, processor, chat template), and
 beside it training_log.jsonl and accuracy.json. What makes it converge on two CPU cores is stated where it is done; where
 the cores are shared, OMP_WAIT_POLICY=PASSIVE keeps a step from taking ten times as long, or give it ``--threads 1``. The
-sources are the Qwen2-VL and Qwen2.5-VL reports (arXiv 2409.12191, 2502.13923) for the models and Muon (Jordan et al., 2024) for the
-optimiser.
+sources are the Qwen2-VL, Qwen2.5-VL and Qwen3-VL reports (arXiv 2409.12191, 2502.13923, 2511.21631) for the models and Muon (Jordan et al.,
+2024) for the optimiser.
 """
 
 from __future__ import annotations
@@ -22,24 +24,29 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from muon import Muon
 from tiny_batches import BRANCH, PREFIX, SPECIAL, branch_lengths, feed, layout, vocabulary
+from tiny_tower import WINDOW, TowerLayout, run_tower, tower_layout
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from vflow.engines.preprocess import ImageProcessorConfig, preprocess_image
 from vflow.exporter.models import FAMILIES, ModelConfig, model_shape
 from vflow.exporter.tiny.scenes import COLORS, KINDS, SHAPES, samples
 
 TRAINING_SEEDS = 1_000_000  # seeds below are for training, the others for held-out data
 HELD_OUT_SEED = 7_000_000
-Model = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration
-PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
-WINDOW = 4  # visual tokens a side of an attention window of Qwen2.5-VL
+Model: TypeAlias = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration | Qwen3VLForConditionalGeneration
+PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -60,11 +67,22 @@ def tower_config(args: argparse.Namespace) -> dict[str, Any]:
             "num_heads": args.tower_heads,
             "mlp_ratio": 4,
         }
-    return {
+    common = {
         "depth": args.tower_blocks,
         "hidden_size": args.tower_size,
         "out_hidden_size": args.hidden_size,
         "num_heads": args.tower_heads,
+    }
+    if args.family == "qwen3_vl":
+        return {
+            **common,
+            "intermediate_size": 4 * args.tower_size,
+            "patch_size": 14,  # of the other families, whose pictures and processor these are
+            "num_position_embeddings": 16**2,
+            "deepstack_visual_indexes": args.deepstack_blocks,
+        }
+    return {
+        **common,
         "intermediate_size": 8 * round(args.tower_size * 3420 / 1280 / 8),  # the published towers' ratio
         "window_size": 28 * WINDOW,
         "fullatt_block_indexes": args.full_blocks,
@@ -74,6 +92,10 @@ def tower_config(args: argparse.Namespace) -> dict[str, Any]:
 def model_config(args: argparse.Namespace) -> ModelConfig:
     ids = {word: i for i, word in enumerate(vocabulary())}
     head_dim = args.hidden_size // args.heads
+    # On a still image the temporal section never turns, so it carries content; width has the lowest frequencies, and at the usual theta left and
+    # right cannot be told apart on a grid of 8 to 16 tokens. Interleaved, both axes get high ones and low ones: the lowest turns half round in 16.
+    rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [head_dim // 4, head_dim // 8, head_dim // 8]}
+    own = {"head_dim": head_dim} if args.family == "qwen3_vl" else {}
     return FAMILIES[args.family].config(
         text_config={
             "vocab_size": len(ids),
@@ -84,9 +106,8 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
             "num_key_value_heads": args.heads // 2,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-6,
-            # On a still image the temporal section never turns, so it carries content; width has the lowest frequencies, and
-            # at the usual theta left and right cannot be told apart on a grid of 8 to 16 tokens.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [head_dim // 4, head_dim // 8, head_dim // 8]},
+            "rope_parameters": rope | ({"mrope_interleaved": True} if FAMILIES[args.family].interleaved else {}),
+            **own,
             "bos_token_id": ids["<|im_start|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
@@ -102,60 +123,6 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------------ model
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
-
-
-class TowerLayout(NamedTuple):
-    """What a tower needs to know of a grid: rotary tables in the order of its patches, and for a tower with windows that order.
-
-    ``order`` sorts visual tokens by window, windows of one size side by side; ``windows`` holds (windows, patches a window) of each size.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    order: Tensor | None
-    windows: list[tuple[int, int]]
-
-
-def window_order(rows: int, columns: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Order and windows of ``TowerLayout`` for a grid of visual tokens; windows at its right and bottom edges may be smaller."""
-    by_size: dict[int, list[Tensor]] = defaultdict(list)
-    for band in torch.arange(rows * columns).view(rows, columns).split(WINDOW):
-        for window in band.split(WINDOW, 1):
-            by_size[window.numel()].append(window.flatten())
-    return torch.cat([w for same in by_size.values() for w in same]), [(len(same), 4 * size) for size, same in by_size.items()]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[tuple[int, int]]) -> Tensor:
-    """Attention inside windows that lie one after another: [B, heads, P, D] → [B, P, heads × D]. A mask instead costs as much as full attention."""
-    batch, pieces = len(q), []
-    for parts in zip(*(x.split([count * size for count, size in windows], 2) for x in (q, k, v)), windows, strict=True):
-        *qkv, (count, size) = parts
-        folded = [x.unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1) for x in qkv]
-        pieces.append(F.scaled_dot_product_attention(*folded).transpose(1, 2).reshape(batch, count * size, -1))
-    return torch.cat(pieces, 1)
-
-
-def run_tower(visual: nn.Module, pixel_values: Tensor, grid: TowerLayout) -> Tensor:
-    """The Hugging Face tower on a batch of equal sizes: [B, P, 1176] → [B, N, hidden]. Its own forward splits images in a loop."""
-    batch, patches, _ = pixel_values.shape
-    if grid.order is not None:  # of the pixels, as they need no gradient
-        pixel_values = pixel_values.unflatten(1, (-1, 4))[:, grid.order].flatten(1, 2)
-    x = pixel_values @ visual.patch_embed.proj.weight.flatten(1).T
-    for number, block in enumerate(visual.blocks):
-        attn = block.attn
-        q, k, v = attn.qkv(block.norm1(x)).view(batch, patches, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        windowed = grid.order is not None and number not in visual.fullatt_block_indexes
-        windows = grid.windows if windowed else [(1, patches)]
-        x = x + attn.proj(attend(rotate(q, grid.cos, grid.sin), rotate(k, grid.cos, grid.sin), v, windows))
-        x = x + block.mlp(block.norm2(x))
-    merger = visual.merger
-    tokens = merger.mlp(merger.ln_q(x).view(batch, patches // 4, -1))
-    return tokens if grid.order is None else tokens[:, grid.order.argsort()]
 
 
 class Heads(nn.Module):
@@ -176,7 +143,7 @@ class Trainee(nn.Module):
     def forward(self, pixels: Tensor, tokens: Tensor, labels: Tensor, shape: Tensor, color: Tensor, center: Tensor,
                 grid_xy: Tensor, grid: TowerLayout, rope: tuple[Tensor, Tensor], mask: Tensor) -> dict[str, Tensor]:  # fmt: skip
         language = self.model.model.language_model
-        visual = run_tower(self.model.model.visual, pixels, grid)
+        visual, *deepstack = run_tower(self.model.model.visual, pixels, grid)
         text = language.embed_tokens(tokens)
         hidden = torch.cat([text[:, :PREFIX], visual.to(text.dtype), text[:, PREFIX:]], 1)
         count = visual.shape[1]
@@ -186,6 +153,8 @@ class Trainee(nn.Module):
                 guess = self.heads.position(hidden[:, PREFIX : PREFIX + count])
                 position_loss = F.mse_loss(guess.float(), grid_xy.expand_as(guess))
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rope)
+            if number < len(deepstack):
+                hidden = hidden + F.pad(deepstack[number].to(hidden.dtype), (0, 0, PREFIX, hidden.shape[1] - PREFIX - count))
         hidden = language.norm(torch.cat([hidden[:, :PREFIX], hidden[:, PREFIX + count :]], 1))
         logits = self.model.lm_head(hidden)
         guess = self.heads.tower(visual)
@@ -201,6 +170,18 @@ class Trainee(nn.Module):
         }
 
 
+def decoder_angles(positions: Tensor, config: ModelConfig) -> Tensor:
+    """Angles of positions [3, S] as decoder layers take their tables: [3, 1, S, head_dim], or [1, S, head_dim] where the axes are interleaved."""
+    rope, half = config.text_config.rope_parameters, model_shape(config).decoder.head_dim // 2
+    angles = positions[..., None] / rope["rope_theta"] ** (torch.arange(half).float() / half)
+    if rope.get("mrope_interleaved"):
+        axis = torch.zeros(half, dtype=torch.long)
+        for number in (1, 2):
+            axis[number : 3 * rope["mrope_section"][number] : 3] = number
+        angles = angles[axis, :, torch.arange(half)].T
+    return angles.repeat(*[1] * (angles.ndim - 1), 2).unsqueeze(-3)
+
+
 class Ropes:
     """Rotary tables and windows by grid, computed once."""
 
@@ -209,22 +190,9 @@ class Ropes:
 
     def __call__(self, rows: int, columns: int) -> tuple[Any, ...]:
         if (rows, columns) not in self.known:
-            text = self.config.text_config
-            sizes = model_shape(self.config).tower
-            axis = sizes.head_dim // 2
-            inverse = 1.0 / 10_000 ** (torch.arange(0, axis, 2).float() / axis)
-            h, w = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-            order = torch.arange(rows * columns).view(rows // 2, 2, columns // 2, 2).transpose(1, 2).reshape(-1)
-            angles = torch.stack([h.reshape(-1)[order], w.reshape(-1)[order]], -1)[..., None] * inverse
-            angles = angles.flatten(1).repeat(1, 2)
-            by_window, windows = window_order(rows // 2, columns // 2) if sizes.window else (None, [])
-            if by_window is not None:
-                angles = angles.unflatten(0, (-1, 4))[by_window].flatten(0, 1)
-            tower = TowerLayout(angles.cos(), angles.sin(), by_window, windows)
+            tower = tower_layout(rows, columns, model_shape(self.config).tower)
             positions, mask = layout(rows // 2, columns // 2, self.branches)
-            head_dim = text.hidden_size // text.num_attention_heads
-            inverse = 1.0 / text.rope_parameters["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
-            table = (positions[..., None] * inverse).repeat(1, 1, 2)[:, None]  # [3, 1, S, head_dim], as the layers take it
+            table = decoder_angles(positions, self.config)
             gh, gw = torch.meshgrid(torch.arange(rows // 2), torch.arange(columns // 2), indexing="ij")
             grid_xy = torch.stack([gh, gw], -1).reshape(-1, 2).float() / 8 - 1
             self.known[rows, columns] = (grid_xy, tower, (table.cos(), table.sin()), mask[None, None])
@@ -250,18 +218,24 @@ def answers(model: Model, items: Sequence[Any], batch: int = 16) -> list[str]:
         for start in range(0, len(indices), batch):
             chosen = indices[start : start + batch]
             pixels = np.stack([preprocess_image(items[i].image, ImageProcessorConfig()).pixel_values for i in chosen])
-            visual = run_tower(model.model.visual, torch.from_numpy(pixels), ropes(rows * 2, columns * 2)[1])
+            visual, *deepstack = run_tower(model.model.visual, torch.from_numpy(pixels), ropes(rows * 2, columns * 2)[1])
             prompts = [["<|im_start|>", "user", "<|vision_start|>", "<|vision_end|>", *items[i].question.prompt.split()] for i in chosen]
             tokens = torch.tensor([[ids[w] for w in [*p, "<|im_end|>", "<|im_start|>", "assistant"]] for p in prompts])
             text = model.model.language_model.embed_tokens(tokens)
             embeds = torch.cat([text[:, :PREFIX], visual, text[:, PREFIX:]], 1)
             positions, _ = layout(rows, columns, [tokens.shape[1] - 4])
             cache, step_positions = None, positions[:, None].expand(3, len(chosen), -1)
+            added: dict[str, Any] = {}  # to visual tokens, in the prefill step alone
+            if deepstack:
+                added["visual_pos_masks"] = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+                added["visual_pos_masks"][:, PREFIX : PREFIX + rows * columns] = True
+                added["deepstack_visual_embeds"] = [features.flatten(0, 1) for features in deepstack]
             out: list[list[int]] = [[] for _ in chosen]
             done = [False] * len(chosen)
             for _ in range(BRANCH["list"]):
-                step = model.model.language_model(inputs_embeds=embeds, position_ids=step_positions, past_key_values=cache, use_cache=True)
-                cache = step.past_key_values
+                decoder = model.model.language_model
+                step = decoder(inputs_embeds=embeds, position_ids=step_positions, past_key_values=cache, use_cache=True, **added)
+                cache, added = step.past_key_values, {}
                 token = model.lm_head(step.last_hidden_state[:, -1]).argmax(-1)
                 for row, value in enumerate(token.tolist()):
                     done[row] = done[row] or value == end
@@ -321,12 +295,37 @@ def save_checkpoint(model: Model, folder: Path) -> None:
     )
 
 
+def common_name(name: str) -> str:
+    """Qwen3-VL's name of a parameter of the tower that the others have as well."""
+    renamed = {
+        "mlp.fc": "mlp.linear_fc",
+        "merger.ln_q.": "merger.norm.",
+        "merger.mlp.0.": "merger.linear_fc1.",
+        "merger.mlp.2.": "merger.linear_fc2.",
+    }
+    for theirs, ours in renamed.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
 def copy_matching(model: Model, folder: Path) -> int:
-    """Copy from the checkpoint in ``folder``, of either family, every parameter whose name and shape match; returns how many."""
-    source, own = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict(), model.state_dict()
-    matching = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
+    """Copy from the checkpoint in ``folder``, of any family, every parameter whose name and shape match; returns how many."""
+    source = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+    source = {common_name(name): value for name, value in source.items()}
+    wanted = {name: source.get(common_name(name)) for name in model.state_dict()}
+    matching = {name: value for name, value in wanted.items() if value is not None and value.shape == model.state_dict()[name].shape}
     model.load_state_dict(matching, strict=False)
     return len(matching)
+
+
+@torch.no_grad()
+def prepare(model: Model) -> None:
+    """Values to begin from that Hugging Face's initialisation of Qwen3-VL does not have."""
+    for name, parameter in model.named_parameters():
+        if "q_norm" in name or "k_norm" in name:  # at one no score is above √head_dim, which is not enough to pick a token of 256
+            parameter.fill_(2.0)
+        if "deepstack" in name and "linear_fc2" in name:  # a decoder from elsewhere does not know what is added
+            parameter.zero_()
 
 
 def main() -> None:
@@ -342,14 +341,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--tower-size", type=int, default=128)
-    parser.add_argument("--tower-blocks", type=int, help="default: 4, of qwen2_5_vl 6")
+    parser.add_argument("--tower-blocks", type=int, help="default: 4 of qwen2_vl, 6 of the others")
     parser.add_argument("--full-blocks", default="2,5", help="tower blocks of qwen2_5_vl without windows, comma-separated")
+    parser.add_argument("--deepstack-blocks", default="1,3", help="tower blocks of qwen3_vl that give to the decoder's first layers, comma-separated")
     parser.add_argument("--tower-heads", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument("--resume", type=Path, help="a training_state.pt of the same options")
-    origin.add_argument("--start", type=Path, help="a checkpoint of either family, from which parameters of the same name and shape are copied")
+    origin.add_argument("--start", type=Path, help="a checkpoint of any family, from which parameters of the same name and shape are copied")
     parser.add_argument("--begin-at", "--resume-at", type=float, help="begin with the clock at this minute (rate and curriculum follow it)")
     parser.add_argument(
         "--decoder-warm-up", type=int, default=60, help="steps until the decoder learns at the full rate; more spare one that can see"
@@ -368,6 +368,10 @@ def main() -> None:
     args.full_blocks = [int(number) for number in args.full_blocks.split(",")]
     if args.family == "qwen2_5_vl" and not all(0 <= number < args.tower_blocks for number in args.full_blocks):
         parser.error(f"--full-blocks must be of the tower's {args.tower_blocks} blocks, 0 to {args.tower_blocks - 1}")
+    args.deepstack_blocks = [int(number) for number in args.deepstack_blocks.split(",")]
+    problem = FAMILIES[args.family].check(model_config(args))
+    if problem:
+        parser.error(problem)
     train(args, kinds)
 
 
@@ -376,6 +380,7 @@ def train(args: argparse.Namespace, kinds: Sequence[str]) -> None:
     torch.set_num_threads(args.threads)
     model_class = FAMILIES[args.family].model
     model = model_class._from_config(model_config(args), dtype=torch.float32)
+    prepare(model)
     trainee = Trainee(model)
     ropes = Ropes(model.config, branch_lengths(kinds, args.questions))
     # Tower and heads, then the decoder: a decoder from elsewhere has a warm-up of its own.
