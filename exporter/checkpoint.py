@@ -25,6 +25,7 @@ TINY = Path(__file__).parent / "tiny"
 ALIASES: dict[str, str] = {
     "tiny": str(TINY / "checkpoint"),
     "tiny-2.5": str(TINY / "checkpoint-2.5"),
+    "tiny-3": str(TINY / "checkpoint-3"),
     "qwen2-vl": "Qwen/Qwen2-VL-2B-Instruct",
     "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
     "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",

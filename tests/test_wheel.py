@@ -65,7 +65,7 @@ def test_the_wheel_holds_every_module_of_the_tree(wheel: Path) -> None:
     assert expected - packed == set()
 
 
-@pytest.mark.parametrize("folder", ["checkpoint", "checkpoint-2.5"])
+@pytest.mark.parametrize("folder", ["checkpoint", "checkpoint-2.5", "checkpoint-3"])
 def test_the_wheel_holds_the_small_models(wheel: Path, folder: str) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())

@@ -52,7 +52,7 @@ def refused(model: Path | str, message: str) -> str:
 @pytest.mark.parametrize("model", ["gpt-5", "./no/such/folder", "a/b/c", "../x", "owner/name/", "", "qwen2-vl-3b"])
 def test_unknown_names_are_refused_with_the_aliases(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    unknown = r"no such folder, and not a hub id \(owner/name\) or an alias \(tiny, tiny-2\.5, qwen2-vl"
+    unknown = r"no such folder, and not a hub id \(owner/name\) or an alias \(tiny, tiny-2\.5, tiny-3, qwen2-vl"
     refused(model, unknown if model else "config.json|no such folder")
 
 
@@ -66,6 +66,7 @@ def test_a_folder_is_found_again_from_elsewhere(random_checkpoint: Path, tmp_pat
     assert Path(name).name == "random"
     assert open_checkpoint("tiny").name == "tiny"
     assert open_checkpoint("tiny-2.5").config.model_type == "qwen2_5_vl"
+    assert open_checkpoint("tiny-3").config.model_type == "qwen3_vl"
 
 
 def test_a_tensor_that_is_in_two_files_is_refused(untied_checkpoint: Path, tmp_path: Path) -> None:

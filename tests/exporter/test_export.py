@@ -225,7 +225,7 @@ def test_a_smaller_budget_keeps_fewer_tokens_of_the_same_image(pair: tuple[Sessi
         close(session, session.prefill(ours).logits, reference.prefill(ours).logits)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-2.5"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-2.5", "tiny-3"])
 def test_a_trained_model_still_sees_without_most_of_its_tokens(tmp_path: Path, name: str) -> None:
     """Half of them gone early in the tower, three quarters later, nine in ten in the decoder."""
     checkpoint = open_checkpoint(name)

@@ -102,7 +102,7 @@ def test_whole_engines_are_checked_and_timed_pruned_beside_unpruned(tmp_path: Pa
     run = subprocess.run([*command, "--output", str(tmp_path / "result.json")], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
-    for model in ("tiny", "tiny-2.5"):
+    for model in ("tiny", "tiny-2.5", "tiny-3"):
         assert all(rows[f"{model}, onnxruntime CPU {name}"]["passed"] for name in ("unpruned", "progressive", "tower", "merged"))
     pruned = rows["tiny, onnxruntime CPU tower 64 tokens"]
     assert pruned["visual_tokens"] == 64 and pruned["kept"][-1] < 64
