@@ -17,7 +17,7 @@ from vflow.exporter.search_space import Budget, SearchSpace
 
 TINY = open_checkpoint("tiny")
 SHAPE = model_shape(TINY.config)
-KEEPS = {"tiny": (0.05, 0.1, 0.11, 0.22, 0.33), "tiny-2.5": (0.1,)}  # the first: those of the paper's tables
+KEEPS = {"tiny": (0.05, 0.1, 0.11, 0.22, 0.33), "tiny-2.5": (0.1,), "tiny-3": (0.1,)}  # the first: those of the paper's tables
 
 
 @pytest.mark.parametrize("model", KEEPS)
