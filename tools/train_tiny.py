@@ -3,8 +3,7 @@
     python tools/train_tiny.py --output exporter/tiny/checkpoint --minutes 110
     python tools/train_tiny.py --output exporter/tiny/checkpoint-2.5 --family qwen2_5_vl --start exporter/tiny/checkpoint \\
         --minutes 84 --begin-at 6 --decoder-warm-up 500 --kinds shape,color,count,count_color,count_shape,exists
-    python tools/train_tiny.py --output exporter/tiny/checkpoint-3 --family qwen3_vl --start exporter/tiny/checkpoint --deepstack-blocks 1 \\
-        --minutes 98 --begin-at 16 --decoder-warm-up 200 --kinds shape,color,count,count_color,count_shape,exists
+    python tools/train_tiny.py --output DIR --family qwen3_vl --start exporter/tiny/checkpoint …  # in two pieces: docs/quality.md
 
 Writes a Hugging Face checkpoint (config.json, model.safetensors in fp16, tokenizer, processor, chat template), and
 beside it training_log.jsonl and accuracy.json. What makes it converge on two CPU cores is stated where it is done; where
