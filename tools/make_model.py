@@ -47,21 +47,21 @@ MAX_VISUAL_TOKENS = 16_384  # as in the public configurations; the small model's
 def shape_config(name: str, small: ModelConfig) -> ModelConfig:
     """A public shape with the small model's token ids."""
     family, (hidden, mlp, layers, heads, kv_heads, tied), tower = SHAPES[name]
-    third = family is QWEN3_VL
+    qwen3 = family is QWEN3_VL
     text = {
-        "vocab_size": 151_936 if tied or third else 152_064,
+        "vocab_size": 151_936 if tied or qwen3 else 152_064,
         "hidden_size": hidden,
         "intermediate_size": mlp,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": INTERLEAVED if third else SECTIONS,
+        "rope_parameters": INTERLEAVED if qwen3 else SECTIONS,
         "bos_token_id": small.text_config.bos_token_id,
         "eos_token_id": small.text_config.eos_token_id,
         "pad_token_id": small.text_config.pad_token_id,
     }
-    if third:
+    if qwen3:
         text["head_dim"] = 128
     vision = {**tower, ("hidden_size" if family is QWEN2_VL else "out_hidden_size"): hidden}
     ids = {key: getattr(small, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}

@@ -34,13 +34,13 @@ def write_text_model(checkpoint: Checkpoint, folder: Path) -> None:
         if (checkpoint.path / name).exists():
             shutil.copy(checkpoint.path / name, folder / name)
     text = checkpoint.config.text_config
-    third = family_of(checkpoint.config).own_head_dim
-    config = (Qwen3Config if third else Qwen2Config)(
+    qwen3 = family_of(checkpoint.config).own_head_dim
+    config = (Qwen3Config if qwen3 else Qwen2Config)(
         **{name: getattr(text, name) for name in SAME_FIELDS},
         rope_parameters={"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]},
         tie_word_embeddings=checkpoint.config.tie_word_embeddings,
-        architectures=["Qwen3ForCausalLM" if third else "Qwen2ForCausalLM"],
-        **({"head_dim": text.head_dim, "attention_bias": text.attention_bias} if third else {}),
+        architectures=["Qwen3ForCausalLM" if qwen3 else "Qwen2ForCausalLM"],
+        **({"head_dim": text.head_dim, "attention_bias": text.attention_bias} if qwen3 else {}),
     )
     config.save_pretrained(folder)
 
