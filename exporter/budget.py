@@ -62,7 +62,7 @@ def cost(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, text
     in_tower = tuple(keep_count(tokens, schedule.keep_at("tower", block)) for block in range(tower.blocks))
     in_decoder = tuple(keep_count(tokens, schedule.keep_at("decoder", layer)) for layer in range(decoder.layers))
     width, merged = tower.embed_dim, tower.group * tower.embed_dim
-    merged_tokens = sum(in_tower[block] for block in (*tower.deepstack_blocks, tower.blocks - 1))
+    merged_tokens = sum(in_tower[block] for block in tower.merged_blocks)
     embed = 2 * tokens * tower.group * tower.patch_dim * width + 2 * merged_tokens * merged * (merged + decoder.hidden_size)
 
     # The graphs lay survivors out in whole windows.
@@ -160,7 +160,7 @@ def traffic(schedule: Schedule, shape: ModelShape, *, rows: int, columns: int, t
     counted = cost(schedule, shape, rows=rows, columns=columns, text_tokens=text_tokens)
     tower, decoder, tokens = shape.tower, shape.decoder, rows * columns
     width, merged, hidden = tower.embed_dim, tower.group * tower.embed_dim, decoder.hidden_size
-    merging = [counted.tower_tokens[block] for block in (*tower.deepstack_blocks, tower.blocks - 1)]  # tokens of each merger
+    merging = [counted.tower_tokens[block] for block in tower.merged_blocks]  # tokens of each merger
     embed = tower.patch_dim * width + len(merging) * merged * (merged + hidden)
     embed += tokens * tower.group * (tower.patch_dim + width) + sum(merging) * (3 * merged + hidden)
     mlp_width = tower.mlp_matrices * tower.mlp_dim

@@ -39,6 +39,11 @@ class TowerShape:
         """Patches of one visual token."""
         return self.merge_size**2
 
+    @property
+    def merged_blocks(self) -> tuple[int, ...]:
+        """Blocks behind each of which a merger stands: DeepStack's, and the last."""
+        return (*self.deepstack_blocks, self.blocks - 1)
+
     def looks_everywhere(self, block: int) -> bool:
         """Whether a block's attention goes over the whole image: only such attention ranks tokens."""
         return not self.window or block in self.full_blocks

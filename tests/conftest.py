@@ -140,40 +140,39 @@ def write_text_files(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
 
 
+def save_checkpoint(model: Any, folder: Path, **options: Any) -> Path:
+    """Weights and text files into ``folder``; ``options`` of ``save_pretrained``."""
+    model.save_pretrained(folder, **options)
+    write_text_files(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint in fp32: 3 tower blocks, 4 decoder layers, head tied to the embedding. Tests must not change it."""
     folder = tmp_path_factory.mktemp("model") / "random"
-    random_model(1).save_pretrained(folder)
-    write_text_files(folder)
-    return folder
+    return save_checkpoint(random_model(1), folder)
 
 
 @pytest.fixture(scope="session")
 def windowed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2.5-VL of the same decoder: 4 tower blocks, of which two look at windows. Tests must not change it."""
     folder = tmp_path_factory.mktemp("model") / "windowed"
-    random_model(1, family="qwen2_5_vl").save_pretrained(folder)
-    write_text_files(folder)
-    return folder
+    return save_checkpoint(random_model(1, family="qwen2_5_vl"), folder)
 
 
 @pytest.fixture(scope="session")
 def deepstack_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3-VL of 4 tower blocks and 4 decoder layers. Tests must not change it."""
     folder = tmp_path_factory.mktemp("model") / "deepstack"
-    random_model(1, family="qwen3_vl").save_pretrained(folder)
-    write_text_files(folder)
-    return folder
+    return save_checkpoint(random_model(1, family="qwen3_vl"), folder)
 
 
 @pytest.fixture(scope="session")
 def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same sizes with a head of its own, in several weights files with an index."""
     folder = tmp_path_factory.mktemp("model") / "untied"
-    random_model(2, tied=False).save_pretrained(folder, max_shard_size="100KB")
-    write_text_files(folder)
-    return folder
+    return save_checkpoint(random_model(2, tied=False), folder, max_shard_size="100KB")
 
 
 @pytest.fixture(scope="session")

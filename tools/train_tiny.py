@@ -311,8 +311,8 @@ def copy_matching(model: Model, folder: Path) -> int:
     """Copy from the checkpoint in ``folder``, of any family, every parameter whose name and shape match; returns how many."""
     source = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
     source = {common_name(name): value for name, value in source.items()}
-    wanted = {name: source.get(common_name(name)) for name in model.state_dict()}
-    matching = {name: value for name, value in wanted.items() if value is not None and value.shape == model.state_dict()[name].shape}
+    wanted = {name: (parameter, source.get(common_name(name))) for name, parameter in model.state_dict().items()}
+    matching = {name: value for name, (parameter, value) in wanted.items() if value is not None and value.shape == parameter.shape}
     model.load_state_dict(matching, strict=False)
     return len(matching)
 

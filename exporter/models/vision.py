@@ -67,6 +67,10 @@ class TowerState:
     windows: Windows | None = None
     deepstack: Tensor | None = None
 
+    def row(self, own: Tensor) -> Tensor:
+        """What the tokens are [alive, F], with what they have given to DeepStack behind."""
+        return own if self.deepstack is None else torch.cat([own, self.deepstack], 1)
+
     def own(self, features: Tensor) -> Tensor:
         """Of features that a stage gets, what the token itself is: without what DeepStack has put behind."""
         return features if self.deepstack is None else features[:, : features.shape[1] - self.deepstack.shape[1]]
@@ -166,8 +170,8 @@ class VisionGraph(nn.Module):
 
     def _reduce(self, state: TowerState, stage: Stage) -> TowerState:
         """A stage of the tower: a token's patches travel as one row, with what they have given to DeepStack behind."""
-        rows = state.hidden.reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim)
-        left = self.compact(stage, rows if state.deepstack is None else torch.cat([rows, state.deepstack], 1), state)
+        patches = state.hidden.reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim)
+        left = self.compact(stage, state.row(patches), state)
         own = state.own(left.features)
         deepstack = left.features[:, own.shape[1] :] if state.deepstack is not None else None
         state = _survivors(state, own.reshape(-1, self.shape.embed_dim), deepstack, left, self.shape.group)
@@ -185,8 +189,7 @@ class VisionGraph(nn.Module):
             merged = merger.mlp(_norm(merger.ln_q, state.hidden).reshape(state.index.shape[0], self.shape.group * self.shape.embed_dim))
         else:
             merged = merger(state.hidden)
-        visual_embeds: Tensor = merged if state.deepstack is None else torch.cat([merged, state.deepstack], 1)
-        return visual_embeds
+        return state.row(merged)
 
     def finish(self, state: TowerState, visual_embeds: Tensor) -> Embedded:
         """First decoder stage, from ``merge``'s embeddings."""
